@@ -1,0 +1,401 @@
+"""Every knob of a run: typed, bounded where it is declared, validated once before any work.
+
+A recipe (`configs/<name>.py`) returns a `TrainConfig` from `get_config()`; the command line overrides single
+fields (`--config.grpo.kl_coef=0.1`, by `ml_collections.config_flags`, which needs plain mutable dataclasses
+with real types as annotations). Past `validate` nothing checks these values again: jitted code receives plain
+numbers.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the field, its value, and what would be right."""
+
+    def __init__(self, field: str, value: object, expected: str):
+        self.field = field
+        super().__init__(f"config.{field} = {value!r}: {expected}")
+
+
+def number(
+    default: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A numeric field with its bounds (`at_*` are inclusive)."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A string field that must be one of the listed values."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+class Section:
+    """Base of every part: assigning a field that does not exist is an error, not a silent new attribute."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self.__dataclass_fields__:
+            raise _unknown_field(type(self), name, prefix=f"<{type(self).__name__}>.")
+        super().__setattr__(name, value)
+
+
+@dataclasses.dataclass
+class ModelSource(Section):
+    """Which student is trained."""
+
+    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
+    source: str = "asset:smollm2-135m-instruct"
+    dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
+    atomic_tags: bool = True  # the six tags as single tokens rather than as text
+
+
+@dataclasses.dataclass
+class LoraConfig(Section):
+    """Adapters on every linear layer; the update is scaled by alpha / rank and starts at zero."""
+
+    rank: int = number(32, at_least=1)
+    alpha: float = number(32.0, above=0)
+
+
+@dataclasses.dataclass
+class DataConfig(Section):
+    """Which teacher records are read, and how their prompts are built."""
+
+    dir: str = "data/demo"
+    prompts_per_step: int = number(8, at_least=1)  # groups per update
+    max_prompt_tokens: int = number(1024, at_least=1)  # longer prompts are dropped and counted
+    few_shot: int = number(0, at_least=0)  # worked examples shown before the task
+    slice_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # empty: every slice alike
+
+
+@dataclasses.dataclass
+class SamplingSettings(Section):
+    """How completions are drawn. The same settings define the policy whose log-probs are trained."""
+
+    max_new_tokens: int = number(1024, at_least=16)
+    max_think_tokens: int = number(512, at_least=1)
+    temperature: float = number(1.0, above=0)
+    constrained: bool = True  # renormalise over the tokens the trace grammar allows
+
+
+@dataclasses.dataclass
+class GrpoConfig(Section):
+    """From rewards to a gradient (design: algorithm.md section 3; GRPO, DAPO, Dr.GRPO)."""
+
+    group_size: int = number(8, at_least=1)
+    kl_coef: float = number(0.05, at_least=0)
+    kl_estimator: str = choice("k1", "k2", "k3")
+    baseline: str = choice("group", "none")
+    scale: str = choice("none", "std")
+    clip_epsilon_low: float = number(0.2, above=0, below=1)
+    clip_epsilon_high: float = number(0.2, above=0)
+    aggregation: str = choice("token", "sequence", "constant")
+    malformed_advantage: str = choice("zero", "penalize")
+    dynamic_sampling_min_std: float = number(0.02, at_least=0)  # a group is kept when std R exceeds this
+    max_extra_rollouts: int = number(
+        0, at_least=0
+    )  # rollout batches a step may add to replace dropped groups
+    micro_batch: int = number(8, at_least=1)  # groups per forward and backward pass
+
+
+@dataclasses.dataclass
+class RewardSettings(Section):
+    """`srl_jax.rewards.RewardConfig`, field for field, in the mutable form that overrides need."""
+
+    action_weight: float = number(0.5, at_least=0)
+    state_weight: float = number(0.3, at_least=0)
+    think_weight: float = number(0.2, at_least=0)
+    malformed: float = number(-0.2)
+    clip_low: float = number(-0.2)
+    clip_high: float = number(1.0)
+    brevity_penalty: float = number(0.2, at_least=0)
+    brevity_ratio: float = number(1.5, above=0)
+    state_match: str = choice("exact", "soft")
+    execution: float = number(0.0, at_least=0)  # weight of the sandbox's verdict; 0 leaves rewards unexecuted
+
+
+@dataclasses.dataclass
+class OptimConfig(Section):
+    """AdamW over the adapters."""
+
+    learning_rate: float = number(5e-6, above=0)
+    warmup_steps: int = number(0, at_least=0)
+    schedule: str = choice("cosine", "constant")
+    max_grad_norm: float = number(1.0, above=0)
+    weight_decay: float = number(0.0, at_least=0)
+    b1: float = number(0.9, at_least=0, below=1)
+    b2: float = number(0.99, at_least=0, below=1)
+
+
+@dataclasses.dataclass
+class MeshConfig(Section):
+    """Devices along each mesh axis; -1 on `data` takes whatever the other two leave."""
+
+    data: int = number(-1, at_least=-1)
+    fsdp: int = number(1, at_least=1)
+    tensor: int = number(1, at_least=1)
+
+
+@dataclasses.dataclass
+class EvalConfig(Section):
+    """Greedy evaluation on held-out tasks, executed in the sandbox."""
+
+    split: str = choice("test", "dev")
+    every: int = number(0, at_least=0)  # steps between evaluations of the student; 0: only before and after
+    max_tasks: int = number(64, at_least=1)
+    batch_size: int = number(16, at_least=1)
+    execute: bool = True
+
+
+@dataclasses.dataclass
+class CheckpointConfig(Section):
+    """How often training state is saved and how many states are kept."""
+
+    every: int = number(10, at_least=1)
+    keep: int = number(3, at_least=1)
+
+
+@dataclasses.dataclass
+class SandboxSettings(Section):
+    """Reward and execution workers on the host."""
+
+    workers: int = number(2, at_least=1)
+    wall_seconds: float = number(10.0, above=0)  # per action or test run
+
+
+@dataclasses.dataclass
+class TrainConfig(Section):
+    """One run. Equal configurations on equal data and hardware give equal trajectories."""
+
+    seed: int = number(0, at_least=0, below=2**31)
+    steps: int = number(100, at_least=1)
+    model: ModelSource = dataclasses.field(default_factory=ModelSource)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
+    grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+    reward: RewardSettings = dataclasses.field(default_factory=RewardSettings)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    sandbox: SandboxSettings = dataclasses.field(default_factory=SandboxSettings)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; absent fields keep their defaults, unknown ones raise `ConfigError`."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def validate(config: TrainConfig, device_count: int | None = None) -> None:
+    """Checks every field and every rule between fields; raises `ConfigError` on the first that fails.
+
+    `device_count` (where it is known) adds the rules that tie the mesh to the machine.
+    """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError("", config, "a recipe's get_config() must return a TrainConfig")
+    _validate_fields(config, "")
+    if not config.model.source.strip():
+        raise ConfigError(
+            "model.source", config.model.source, "must name an asset, a directory or a .gguf file"
+        )
+    for name, weight in config.data.slice_weights.items():
+        if not _is_number(weight) or not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(
+                f"data.slice_weights[{name!r}]",
+                weight,
+                "must be a number above 0; leave a slice out of the mixture by naming only the others",
+            )
+    _validate_grpo(config)
+    _validate_reward(config.reward)
+    if config.sampling.max_think_tokens >= config.sampling.max_new_tokens and config.sampling.constrained:
+        # A cap as long as the whole budget would leave the grammar, not the setting, to end the think block.
+        raise ConfigError(
+            "sampling.max_think_tokens",
+            config.sampling.max_think_tokens,
+            f"must be below sampling.max_new_tokens = {config.sampling.max_new_tokens}",
+        )
+    if config.optim.warmup_steps > config.steps:
+        raise ConfigError(
+            "optim.warmup_steps", config.optim.warmup_steps, f"must be at most steps = {config.steps}"
+        )
+    _validate_mesh(config, device_count)
+
+
+def config_hash(config: TrainConfig) -> str:
+    """SHA-256 hex of the canonical JSON of all fields."""
+    text = json.dumps(config.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_overrides(argv: Sequence[str], flag: str = "config") -> None:
+    """Raises `ConfigError` for an override such as `--config.grpo.kl_coeff=1` whose field does not exist.
+
+    To be called before absl parses flags: `config_flags` refuses unknown fields too, but names no remedy.
+    """
+    for argument in argv:
+        match = re.match(rf"--?(?:no)?{re.escape(flag)}\.([\w.]+)", argument)
+        if not match:
+            continue
+        section: type = TrainConfig
+        names = match.group(1).split(".")
+        for depth, name in enumerate(names):
+            fields = {field.name: field.type for field in dataclasses.fields(section)}
+            if name not in fields:
+                raise _unknown_field(section, name, prefix="".join(f"{parent}." for parent in names[:depth]))
+            if not dataclasses.is_dataclass(fields[name]):
+                break
+            section = fields[name]
+
+
+def _validate_grpo(config: TrainConfig) -> None:
+    grpo, groups = config.grpo, config.data.prompts_per_step
+    if grpo.group_size < 2 and (grpo.baseline == "group" or grpo.scale == "std"):
+        raise ConfigError(
+            "grpo.group_size",
+            grpo.group_size,
+            "must be at least 2: a group of one is its own baseline, "
+            "so every advantage would be 0 (or set grpo.baseline='none' and grpo.scale='none')",
+        )
+    if grpo.clip_epsilon_high < grpo.clip_epsilon_low:
+        raise ConfigError(
+            "grpo.clip_epsilon_high",
+            grpo.clip_epsilon_high,
+            f"must be at least grpo.clip_epsilon_low = {grpo.clip_epsilon_low}",
+        )
+    if grpo.micro_batch > groups or groups % grpo.micro_batch:
+        divisors = [d for d in range(1, groups + 1) if groups % d == 0]
+        raise ConfigError(
+            "grpo.micro_batch",
+            grpo.micro_batch,
+            f"must divide data.prompts_per_step = {groups}: one of {divisors}",
+        )
+
+
+def _validate_reward(reward: RewardSettings) -> None:
+    if reward.clip_low >= reward.clip_high:
+        raise ConfigError(
+            "reward.clip_low", reward.clip_low, f"must be below reward.clip_high = {reward.clip_high}"
+        )
+    if reward.malformed > reward.clip_low:
+        raise ConfigError(
+            "reward.malformed",
+            reward.malformed,
+            f"must be at most reward.clip_low = {reward.clip_low}, "
+            "so that no well-formed trace scores below a malformed one",
+        )
+    if reward.action_weight + reward.state_weight + reward.think_weight == 0:
+        raise ConfigError(
+            "reward.action_weight", reward.action_weight, "at least one of the three weights must be above 0"
+        )
+
+
+def _validate_mesh(config: TrainConfig, device_count: int | None) -> None:
+    mesh = config.mesh
+    if mesh.data == 0:
+        raise ConfigError("mesh.data", 0, "must be -1 (all remaining devices) or at least 1")
+    data = mesh.data
+    if device_count is not None:
+        fixed = mesh.fsdp * mesh.tensor
+        if data > 0 and data * fixed > device_count:
+            raise ConfigError(
+                "mesh.data",
+                data,
+                f"data * fsdp * tensor = {data * fixed} devices, but {device_count} present",
+            )
+        if data < 0 and device_count % fixed:
+            raise ConfigError(
+                "mesh.data", data, f"fsdp * tensor = {fixed} must divide the {device_count} devices present"
+            )
+        data = data if data > 0 else device_count // fixed
+    if data > 0 and config.grpo.micro_batch % (data * mesh.fsdp):
+        raise ConfigError(
+            "grpo.micro_batch",
+            config.grpo.micro_batch,
+            f"must be a multiple of mesh.data * mesh.fsdp = {data * mesh.fsdp}, the shards of the batch",
+        )
+
+
+def _validate_fields(section: Section, prefix: str) -> None:
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, section.__dict__[field.name]
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, field.type):
+                raise ConfigError(name, value, f"must be a {field.type.__name__}, not {type(value).__name__}")
+            _validate_fields(value, name + ".")
+            continue
+        expected = typing.get_origin(field.type) or field.type
+        right_type = _is_number(value) if expected is float else type(value) is expected
+        if not right_type:
+            raise ConfigError(name, value, f"must be {expected.__name__}, not {type(value).__name__}")
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(
+                name, value, f"must be one of {', '.join(choices)}{_did_you_mean(value, choices)}"
+            )
+        if "bounds" in field.metadata:
+            _validate_bounds(name, value, field.metadata["bounds"])
+
+
+def _validate_bounds(name: str, value: float, bounds: Mapping[str, float | None]) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(name, value, "must be finite")
+    holds = {
+        "at_least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at_most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+    }
+    wanted = {kind: bound for kind, bound in bounds.items() if bound is not None}
+    if not all(holds[kind](bound) for kind, bound in wanted.items()):
+        words = " and ".join(f"{kind.replace('_', ' ')} {bound}" for kind, bound in wanted.items())
+        raise ConfigError(name, value, f"must be {words}")
+
+
+def _build(section: type, values: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(prefix.rstrip("."), values, f"must be a mapping of {section.__name__} fields")
+    fields = {field.name: field.type for field in dataclasses.fields(section)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise _unknown_field(section, name, prefix)
+        nested = dataclasses.is_dataclass(fields[name])
+        arguments[name] = _build(fields[name], value, f"{prefix}{name}.") if nested else value
+    return section(**arguments)
+
+
+def _unknown_field(section: type, name: str, prefix: str) -> ConfigError:
+    names = [field.name for field in dataclasses.fields(section)]
+    error = ConfigError(prefix + name, None, "")
+    error.args = (
+        f"config.{prefix}{name}: no such field{_did_you_mean(name, names)} "
+        f"(fields of {section.__name__}: {', '.join(names)})",
+    )
+    return error
+
+
+def _did_you_mean(value: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
