@@ -1,0 +1,267 @@
+"""The decoder: one Flax module for every family, its layers stacked and scanned.
+
+Flax collections are the roles. `params` is the frozen base, `lora` the adapters, `cache` the KV cache of a decode
+loop. The policy is `decoder.apply({"params": p, "lora": l}, ...)`; the reference is `decoder.apply({"params": p}, ...)`
+on the same weights.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from srl_jax.model.attention import attend
+from srl_jax.model.families import ModelConfig, RopeScaling
+
+
+class Prefix(NamedTuple):
+    """Keys and values of P prompts, every layer, and which of their positions are real."""
+
+    k: Float[Array, "L P K Lp H"]
+    v: Float[Array, "L P K Lp H"]
+    mask: Bool[Array, "P Lp"]
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequency of each rotated pair, float32 [H/2]. Llama 3.1's stretch as in its reference code."""
+    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None and scaling.kind == "linear":
+        inverse = inverse / scaling.factor
+    elif scaling is not None:
+        wavelength = 2 * np.pi / inverse
+        low = scaling.original_max_position / scaling.low_freq_factor
+        high = scaling.original_max_position / scaling.high_freq_factor
+        smooth = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
+        inverse = np.where(wavelength > low, inverse / scaling.factor, np.where(wavelength < high, inverse, blended))
+    return inverse.astype(np.float32)
+
+
+def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]):
+    """Rotary position embedding, half-split layout (the one Hugging Face weights are stored for)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`x W + b`, plus `(x A) B * alpha/rank` when the caller passes the `lora` collection.
+
+    A starts normal with variance 1/fan_in, B at zero (LoRA, arXiv 2106.09685), so a fresh adapter changes nothing.
+    """
+
+    features: int
+    axes: tuple[str, str]  # logical names of (input, output), mapped to the mesh in sharding.py
+    use_bias: bool = False
+    lora_rank: int = 0
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
+        y = x @ kernel
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
+            y = y + self.param("bias", zeros, (self.features,)).reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.lora_rank and (self.is_initializing() or self.has_variable("lora", "a")):
+            # Adapters and their products stay float32: bf16 would round away the small updates they exist to carry.
+            a_init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), (self.axes[0], "rank"))
+            b_init = nn.with_logical_partitioning(nn.initializers.zeros, ("rank", self.axes[1]))
+            rng = self.make_rng("params") if self.is_initializing() else None
+            a = self.variable("lora", "a", a_init, rng, (fan_in, self.lora_rank), jnp.float32).value
+            b = self.variable("lora", "b", b_init, rng, (self.lora_rank, self.features), jnp.float32).value
+            y = y + ((x.astype(jnp.float32) @ a) @ b * self.lora_scale).astype(y.dtype)
+        return y
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer; the body of the scan over layers."""
+
+    config: ModelConfig
+    lora_rank: int
+    lora_scale: float
+    keep_kv: bool
+
+    @nn.compact
+    def __call__(self, carry, layer, prefix_kv, cos, sin, mask, prefix_mask, step):
+        x = carry
+        c = self.config
+        batch, t, _ = x.shape
+
+        def linear(name, features, axes, bias=False):
+            return Linear(features, axes, bias, self.lora_rank, self.lora_scale, name=name)
+
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        q = linear("q", c.n_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)(y)
+        k = linear("k", c.n_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)(y)
+        v = linear("v", c.n_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)(y)
+        q = q.reshape(batch, t, c.n_heads, c.head_dim)
+        k = k.reshape(batch, t, c.n_kv_heads, c.head_dim)
+        v = v.reshape(batch, t, c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin).transpose(0, 2, 1, 3)
+        kv = (k, v) if self.keep_kv else None
+        if self.has_variable("cache", "k"):
+            # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
+            cache_k = self.variable("cache", "k", lambda: None)
+            cache_v = self.variable("cache", "v", lambda: None)
+            at = (layer, 0, 0, step, 0)
+            cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
+            cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
+            k = jax.lax.dynamic_index_in_dim(cache_k.value, layer, keepdims=False).astype(k.dtype)
+            v = jax.lax.dynamic_index_in_dim(cache_v.value, layer, keepdims=False).astype(v.dtype)
+        y = attend(q, k, v, mask, prefix_kv, prefix_mask, scale=c.head_dim**-0.5)
+        x = x + linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
+
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = linear("gate", c.d_ff, ("embed", "ff"))(y)
+        up = linear("up", c.d_ff, ("embed", "ff"))(y)
+        x = x + linear("down", c.d_model, ("ff", "embed"))(nn.silu(gate) * up)
+        return x, kv
+
+
+class Decoder(nn.Module):
+    """Tokens in, final hidden states out; the head is applied by whoever needs logits (`head`, `logits`).
+
+    Attributes:
+      config: the model's shapes.
+      lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
+      remat: recompute each layer in the backward pass, keeping only its input.
+    """
+
+    config: ModelConfig
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        prefix: Prefix | None = None,
+        step: Int[Array, ""] | None = None,
+        return_kv: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B K T H"], Float[Array, "L B K T H"]] | None]:
+        """Final-norm hidden states of `tokens`, and with `return_kv` every layer's keys and values.
+
+        Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
+        collection (`init_cache`), T must be 1: the token is written at column `step` and sees columns 0..step.
+        In both cases it sees all real positions of its row's prompt in `prefix`.
+        """
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = self.param("embedding", init, (c.vocab_size, c.d_model))
+        if not c.tie_embeddings:
+            self.param("head", init, (c.vocab_size, c.d_model))
+        x = embedding[tokens]
+        frequencies = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+        t = tokens.shape[1]
+        if step is None:
+            mask = jnp.tril(jnp.ones((1, t, t), bool))
+        else:
+            mask = (jnp.arange(self.variables["cache"]["layers"]["k"].shape[3]) <= step)[None, None, :]
+        # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            variable_carry="cache",
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
+        prefix_kv = None if prefix is None else (prefix.k, prefix.v)
+        prefix_mask = None if prefix is None else prefix.mask
+        x, kv = layers(
+            x, jnp.arange(c.n_layers), prefix_kv, jnp.cos(angles), jnp.sin(angles), mask, prefix_mask, step
+        )
+        return RMSNorm(c.norm_eps, name="final_norm")(x), kv
+
+
+def head(params) -> Float[Array, "V D"]:
+    """The output projection: the untied head, or the embedding itself."""
+    return params.get("head", params["embedding"])
+
+
+def logits(params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits of hidden states. Holds [..., V]: for tests and single decode steps only."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params), preferred_element_type=jnp.float32)
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict:
+    """An empty KV cache collection for `batch` rows of at most `length` tokens."""
+    shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
+    return {"layers": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}}
+
+
+def encode_prompts(
+    decoder: Decoder, variables: dict, tokens: Int[Array, "P Lp"], lengths: Int[Array, "P"]
+) -> Prefix:
+    """Keys and values of the first `lengths - 1` tokens of each prompt.
+
+    The last prompt token is left to the completions: each row's first input, whose output predicts its first
+    completion token. So no logits are computed for prompts, and prefix and rows never overlap.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    _, (k, v) = decoder.apply(variables, tokens, positions, return_kv=True)
+    return Prefix(k, v, positions < lengths[:, None] - 1)
+
+
+def completion_hidden(
+    decoder: Decoder,
+    variables: dict,
+    prompt_tokens: Int[Array, "P Lp"],
+    prompt_lengths: Int[Array, "P"],
+    completions: Int[Array, "P G T"],
+) -> Float[Array, "P G T D"]:
+    """Hidden states that predict every completion token, each prompt computed once for its G completions.
+
+    Equal to running each prompt + completion as a row of its own, in values and in gradients.
+    """
+    p, g, t = completions.shape
+    prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths)
+    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)
+    inputs = jnp.concatenate([jnp.broadcast_to(last[:, :, None], (p, g, 1)), completions[:, :, :-1]], axis=-1)
+    positions = (prompt_lengths[:, None, None] - 1) + jnp.broadcast_to(jnp.arange(t)[None, None, :], (p, g, t))
+    hidden, _ = decoder.apply(variables, inputs.reshape(p * g, t), positions.reshape(p * g, t), prefix)
+    return hidden.reshape(p, g, t, -1)
+
+
+def merge_lora(params: dict, lora: dict, scale: float) -> dict:
+    """Base weights with the adapters added in, for sampling.
+
+    Only sound when the base is float32: in bfloat16 the sum rounds away most of a small adapter.
+    """
+    if params["embedding"].dtype != jnp.float32:
+        raise ValueError(f"merge_lora needs float32 base weights, not {params['embedding'].dtype}")
+    layers = dict(params["layers"])
+    for name, adapter in lora["layers"].items():
+        kernel = layers[name]["kernel"]
+        delta = jnp.einsum("lir,lro->lio", adapter["a"], adapter["b"]) * scale
+        layers[name] = {**layers[name], "kernel": kernel + delta}
+    return {**params, "layers": layers}

@@ -1,0 +1,234 @@
+"""Weights in and out: Hugging Face directories (safetensors) and GGUF files to the decoder's stacked tree.
+
+Each stacked leaf is assembled and placed before the next is read, so the host never holds a second copy of the model.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
+
+# Our leaf -> (Hugging Face name, GGUF name). {i} is the layer. Linear weights are stored [out, in] in both.
+_LAYER_NAMES = {
+    ("attention_norm", "scale"): ("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+    ("mlp_norm", "scale"): ("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    ("q", "kernel"): ("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
+    ("k", "kernel"): ("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
+    ("v", "kernel"): ("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
+    ("o", "kernel"): ("model.layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
+    ("gate", "kernel"): ("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
+    ("up", "kernel"): ("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
+    ("down", "kernel"): ("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    ("q", "bias"): ("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
+    ("k", "bias"): ("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
+    ("v", "bias"): ("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
+    ("q_norm", "scale"): ("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+    ("k_norm", "scale"): ("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+}
+_TOP_NAMES = {
+    ("embedding",): ("model.embed_tokens.weight", "token_embd.weight"),
+    ("final_norm", "scale"): ("model.norm.weight", "output_norm.weight"),
+    ("head",): ("lm_head.weight", "output.weight"),
+}
+
+
+class BadWeights(ValueError):
+    """A tensor is missing or has another shape than the model's configuration implies; the message names it."""
+
+
+class _GgufSource:
+    """Tensors of a GGUF file, dequantized to float32, under GGUF names."""
+
+    column = 1
+
+    def __init__(self, path: Path):
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        self._tensors = {t.name: t for t in reader.tensors}
+        # The tokenizer's fields hold 10^5 strings that cost seconds to decode and say nothing about shapes.
+        fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("tokenizer.")}
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.config = from_gguf(fields, shapes)
+
+    def get(self, name: str) -> np.ndarray | None:
+        import gguf
+
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            return None
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if self.config.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            # llama.cpp stores Llama's q and k rows interleaved for its own RoPE; undo its permutation.
+            heads = self.config.n_heads if "attn_q" in name else self.config.n_kv_heads
+            array = array.reshape(heads, self.config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+        return array
+
+
+class _SafetensorsSource:
+    """Tensors of a Hugging Face directory (one file or a sharded index), under Hugging Face names."""
+
+    column = 0
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack):
+        from safetensors import safe_open
+
+        self.config = from_hf(json.loads((directory / "config.json").read_text()))
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        self._by_name = {}
+        for file in files:
+            if not (directory / file).exists():
+                raise BadWeights(f"{directory}: {file} is missing; download the model again")
+            # framework "flax" reads bfloat16, which numpy alone does not know.
+            handle = stack.enter_context(safe_open(directory / file, framework="flax"))
+            self._by_name.update(dict.fromkeys(handle.keys(), handle))
+
+    def get(self, name: str) -> np.ndarray | None:
+        handle = self._by_name.get(name)
+        return None if handle is None else np.asarray(handle.get_tensor(name).astype(jnp.float32))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[_GgufSource | _SafetensorsSource]:
+    if path.is_file() and path.suffix == ".gguf":
+        yield _GgufSource(path)
+    elif (path / "config.json").is_file():
+        with contextlib.ExitStack() as stack:
+            yield _SafetensorsSource(path, stack)
+    else:
+        raise FileNotFoundError(
+            f"model {path}: neither a .gguf file nor a directory with config.json and model.safetensors; "
+            "give one of these or asset:NAME from third_party/manifest.toml"
+        )
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The model's shapes, without its weights."""
+    with _open(Path(path)) as source:
+        return source.config
+
+
+def expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of every leaf of the parameter tree, layers stacked in front."""
+    d, n, k, h, f = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ff
+    layer = {("attention_norm", "scale"): (d,), ("mlp_norm", "scale"): (d,), ("q", "kernel"): (d, n * h)}
+    layer |= {("k", "kernel"): (d, k * h), ("v", "kernel"): (d, k * h), ("o", "kernel"): (n * h, d)}
+    layer |= {("gate", "kernel"): (d, f), ("up", "kernel"): (d, f), ("down", "kernel"): (f, d)}
+    if config.qkv_bias:
+        layer |= {("q", "bias"): (n * h,), ("k", "bias"): (k * h,), ("v", "bias"): (k * h,)}
+    if config.qk_norm:
+        layer |= {("q_norm", "scale"): (h,), ("k_norm", "scale"): (h,)}
+    shapes = {("layers", *leaf): (config.n_layers, *shape) for leaf, shape in layer.items()}
+    shapes |= {("embedding",): (config.vocab_size, d), ("final_norm", "scale"): (d,)}
+    if not config.tie_embeddings:
+        shapes |= {("head",): (config.vocab_size, d)}
+    return shapes
+
+
+def _fetch(source, names: tuple[str, str], shape: tuple[int, ...], transpose: bool, **fields) -> np.ndarray:
+    name = names[source.column].format(**fields)
+    array = source.get(name)
+    if array is None:
+        raise BadWeights(f"tensor {name!r} is missing; the file is not a complete {source.config.family} model")
+    array = array.T if transpose else array
+    if array.shape != shape:
+        raise BadWeights(f"tensor {name!r} gives shape {array.shape}, the configuration implies {shape}")
+    return array
+
+
+def _add_rows(table: np.ndarray, new_rows: Sequence[Sequence[int]]) -> np.ndarray:
+    rows = [table[list(source)].mean(axis=0) for source in new_rows]
+    return np.concatenate([table, np.stack(rows).astype(table.dtype)]) if rows else table
+
+
+def load_params(
+    path: str | Path,
+    *,
+    dtype=jnp.float32,
+    new_rows: Sequence[Sequence[int]] = (),
+    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+) -> tuple[ModelConfig, dict]:
+    """Reads a model: its configuration and its `params` tree.
+
+    Args:
+      path: a `.gguf` file or a Hugging Face directory.
+      dtype: of the weights in memory.
+      new_rows: one list of source token ids for each token the tokenizer adds at the end of the vocabulary; the new
+        embedding (and head) row is the mean of the sources' rows.
+      place: puts one host array where it will live, given its path in the tree; default: the default device.
+
+    Raises:
+      FileNotFoundError, UnsupportedModel, BadWeights: each naming the file, field or tensor.
+    """
+    put = place or (lambda _, array: jnp.asarray(array))
+    params: dict = {}
+    with _open(Path(path)) as source:
+        config = source.config
+        for leaf, shape in expected_shapes(config).items():
+            transpose = leaf[-1] == "kernel"
+            if leaf[0] == "layers":
+                per_layer = shape[1:]
+                array = np.empty(shape, dtype)
+                for i in range(config.n_layers):
+                    array[i] = _fetch(source, _LAYER_NAMES[leaf[1:]], per_layer, transpose, i=i)
+            else:
+                array = _fetch(source, _TOP_NAMES[leaf], shape, transpose).astype(dtype)
+                if leaf[0] in ("embedding", "head"):
+                    array = _add_rows(array, new_rows)
+            node = params
+            for key in leaf[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf[-1]] = put(leaf, array)
+    return dataclasses.replace(config, vocab_size=config.vocab_size + len(new_rows)), params
+
+
+def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
+    """Random weights of the true shapes, from host numpy: for tests, timings and the tiny recipe."""
+    rng = np.random.default_rng(seed)
+    params: dict = {}
+    for leaf, shape in expected_shapes(config).items():
+        if leaf[-1] == "scale":
+            array = np.ones(shape, np.float32)
+        elif leaf[-1] == "bias":
+            array = 0.02 * rng.standard_normal(shape, np.float32)
+        else:
+            fan_in = shape[-2] if leaf[-1] == "kernel" else shape[-1]
+            array = rng.standard_normal(shape, np.float32) * fan_in**-0.5
+        node = params
+        for key in leaf[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf[-1]] = jnp.asarray(array, dtype)
+    return params
+
+
+def weights_hash(params: dict) -> str:
+    """SHA-256 over every leaf's path, type, shape and bytes: what a checkpoint's adapters belong to."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+__all__ = [
+    "BadWeights",
+    "UnsupportedModel",
+    "expected_shapes",
+    "load_params",
+    "random_params",
+    "read_config",
+    "weights_hash",
+]
