@@ -1,0 +1,116 @@
+"""The student, loaded: decoder, base weights, tokenizer and grammar, placed on a mesh.
+
+Everything that needs the policy (training, evaluation, the rewrite tool) starts here, so that tokenizer, tag rows and
+grammar always belong together.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from srl_jax import assets, grammar, sharding
+from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.model import families, hf
+from srl_jax.model.decoder import Decoder, init_lora, merge_lora
+from srl_jax.sampling import SamplingConfig
+from srl_jax.tokenizer import Tokenizer, load_tokenizer
+
+# The tokenizer of the random small model: real, because the grammar, prompts and traces are.
+RANDOM_TINY, TINY_TOKENIZER = "random:tiny", "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A frozen base model ready to be adapted, sampled and scored."""
+
+    decoder: Decoder
+    params: dict
+    tokenizer: Tokenizer
+    automaton: grammar.TokenAutomaton
+    mesh: Mesh
+    sampling: SamplingConfig
+    base_hash: str
+
+    def fresh_lora(self, seed: int) -> dict:
+        """New adapters (B = 0), placed on the mesh."""
+        return self.place_lora(init_lora(self.decoder, jax.random.key(seed)))
+
+    def place_lora(self, lora: dict) -> dict:
+        return jax.device_put(lora, sharding.variable_shardings(self.mesh, self.decoder)["lora"])
+
+    def sampling_variables(self, lora: dict | None) -> dict:
+        """The variables to sample with: adapters merged where that is exact enough, else applied beside the base.
+
+        In float32 merging costs a copy of the layers and saves two small products per linear map and token.
+        In bfloat16 a merged sum would round the adapters away, so they stay apart.
+        """
+        if lora is None:
+            return {"params": self.params}
+        if self.params["embedding"].dtype != jnp.float32:
+            return {"params": self.params, "lora": lora}
+        return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
+
+
+_merge = jax.jit(merge_lora, static_argnames=("scale",))
+
+
+def resolve_source(source: str) -> Path:
+    """Path of a model given as `asset:<name>`, a directory or a file."""
+    if source.startswith("asset:"):
+        return assets.fetch(source.removeprefix("asset:"))
+    return Path(source).expanduser()
+
+
+def load_student(config: TrainConfig, mesh: Mesh) -> Student:
+    """Loads what `config.model` names and places it on `mesh`.
+
+    Raises:
+      ConfigError: naming `model.source` when it is none of the four forms.
+      FileNotFoundError, UnsupportedModel, BadWeights, TokenizerError, AssetError: each naming the file at fault.
+    """
+    source, dtype = config.model.source, jnp.dtype(config.model.dtype)
+    random_tiny = source == RANDOM_TINY
+    if source.startswith("random:") and not random_tiny:
+        raise ConfigError("model.source", source, f"the only random model is {RANDOM_TINY!r}")
+    path = assets.fetch(TINY_TOKENIZER) if random_tiny else resolve_source(source)
+    if not path.exists():
+        raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
+    tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
+    if random_tiny:
+        model = families.tiny(tokenizer.vocab_size)
+        params = hf.random_params(model, seed=0, dtype=dtype)
+    else:
+        vocab = hf.read_config(path).vocab_size
+        # Tag ids at the end of the tokenizer's vocabulary need rows; a padded vocabulary may already have them.
+        new = [src for tag, src in zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False) if tag >= vocab]
+        model, params = hf.load_params(path, dtype=dtype, new_rows=new)
+        if model.vocab_size < tokenizer.vocab_size:
+            raise hf.BadWeights(
+                f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
+                "they do not belong together"
+            )
+    decoder = Decoder(model, config.lora.rank, config.lora.alpha)
+    sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
+    base_hash = hf.weights_hash(params)
+    params = jax.device_put(params, sharding.variable_shardings(mesh, decoder)["params"])
+    if config.sampling.constrained:
+        automaton = grammar.compile_grammar(tokenizer)
+    else:
+        automaton = grammar.free_automaton(tokenizer)
+    settings = SamplingConfig(
+        config.sampling.max_new_tokens, config.sampling.max_think_tokens, config.sampling.temperature
+    )
+    automaton = jax.device_put(automaton, sharding.replicated(mesh))
+    return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)
+
+
+def pad_prompts(prompts: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded prompts [P, length] and their lengths [P], int32."""
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.asarray([len(ids) for ids in prompts], np.int32)

@@ -1,0 +1,193 @@
+"""One pure update: rollouts with advantages in, new adapters out.
+
+Only the `lora` collection is trained. Each prompt is computed once for its G completions, forward and backward.
+Denominators count the global batch, so micro-batches add up to the whole and devices to one.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from srl_jax import grammar, grpo
+from srl_jax.logprobs import TokenLogprobs, token_logprobs
+from srl_jax.model.decoder import Decoder, completion_hidden, head
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step on the device; a checkpoint holds exactly this, on the device side."""
+
+    step: Int[Array, ""]
+    lora: dict
+    opt_state: Any
+    key: Array  # raw uint32 key data of the run's PRNG; each step folds its number in
+
+
+class TrainBatch(NamedTuple):
+    """P groups of G completions. Every array leads with the prompt axis, which is what the mesh splits."""
+
+    prompt_tokens: Int[Array, "P Lp"]
+    prompt_lengths: Int[Array, "P"]
+    completions: Int[Array, "P G T"]
+    completion_mask: Bool[Array, "P G T"]
+    states: grammar.GrammarState  # before each completion token, leading [P, G, T]
+    old_logprobs: Float[Array, "P G T"]
+    advantages: Float[Array, "P G"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The static part of an update; see `config.GrpoConfig` for the meaning of each."""
+
+    temperature: float = 1.0
+    clip_epsilon_low: float = 0.2
+    clip_epsilon_high: float = 0.2
+    aggregation: grpo.Aggregation = "token"
+    max_length: int | None = None
+    micro_batch: int = 1  # groups in one forward and backward pass
+    logprob_chunk: int = 256
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "cosine",
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.99,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with global-norm clipping, and its schedule: linear warm-up, then cosine to zero or constant."""
+    warmup = optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, max(warmup_steps - 1, 1))
+    if schedule == "cosine":
+        rest = optax.cosine_decay_schedule(learning_rate, max(steps - warmup_steps, 1))
+    else:
+        rest = optax.constant_schedule(learning_rate)
+    rates = optax.join_schedules([warmup, rest], [warmup_steps]) if warmup_steps else rest
+    adam = optax.adamw(rates, b1=b1, b2=b2, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adam), rates
+
+
+def policy_logprobs(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    batch: TrainBatch,
+    *,
+    temperature: float,
+    chunk: int,
+) -> TokenLogprobs:
+    """Log-probs and entropies [P, G, T] of a batch's completions under the grammar-constrained policy.
+
+    The policy when `variables` holds `lora`, the frozen reference when it does not: one code path, so that their
+    difference at B = 0 is exactly zero.
+    """
+    shape = batch.completions.shape
+    hidden = completion_hidden(decoder, variables, batch.prompt_tokens, batch.prompt_lengths, batch.completions)
+    flat = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head(variables["params"]),
+        batch.completions.reshape(-1),
+        allowed_from=partial(grammar.allowed_tokens, automaton),
+        constraint=jax.tree.map(lambda x: x.reshape(-1), batch.states),
+        temperature=temperature,
+        chunk_size=chunk,
+    )
+    return jax.tree.map(lambda x: x.reshape(shape), flat)
+
+
+def _micro_batches(batch: TrainBatch, size: int) -> TrainBatch:
+    """Splits the prompt axis into [micro-batches, size] by stride, so that each spans every device."""
+    prompts = batch.prompt_lengths.shape[0]
+    count = prompts // size
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(size, count, *x.shape[1:]), 1, 0), batch)
+
+
+@partial(jax.jit, static_argnames=("decoder", "settings"))
+def reference_logprobs(
+    decoder: Decoder,
+    params: dict,
+    automaton: grammar.TokenAutomaton,
+    batch: TrainBatch,
+    *,
+    settings: StepSettings,
+) -> Float[Array, "P G T"]:
+    """Log-probs [P, G, T] under the frozen base, a micro-batch at a time."""
+
+    def one(micro):
+        scored = policy_logprobs(
+            decoder, {"params": params}, automaton, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+        )
+        return scored.logprobs
+
+    stacked = jax.lax.map(one, _micro_batches(batch, settings.micro_batch))
+    return jnp.moveaxis(stacked, 0, 1).reshape(batch.completions.shape)
+
+
+@partial(jax.jit, static_argnames=("decoder", "optimizer", "settings"), donate_argnames=("state",))
+def train_step(
+    state: TrainState,
+    params: dict,
+    automaton: grammar.TokenAutomaton,
+    batch: TrainBatch,
+    *,
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    settings: StepSettings,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One GRPO update of the adapters.
+
+    Returns the new state and scalars: loss, grad_norm, entropy (nats per token), ratio_mean, clip_low, clip_high,
+    logprob_gap (mean |policy - old| per token; on policy it is the sampler's and trainer's disagreement) and
+    skipped (1 when a non-finite gradient left the adapters as they were).
+    """
+    flat_mask = batch.completion_mask.reshape(-1, batch.completion_mask.shape[-1])
+    denominator = grpo.loss_denominator(
+        flat_mask, aggregation=settings.aggregation, max_length=settings.max_length
+    )
+    tokens = jnp.maximum(flat_mask.sum(), 1).astype(jnp.float32)
+    clip = {"clip_epsilon_low": settings.clip_epsilon_low, "clip_epsilon_high": settings.clip_epsilon_high}
+
+    def loss(lora, micro: TrainBatch):
+        variables = {"params": params, "lora": lora}
+        scored = policy_logprobs(
+            decoder, variables, automaton, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+        )
+        rows = (-1, micro.completions.shape[-1])
+        logprobs, old = scored.logprobs.reshape(rows), micro.old_logprobs.reshape(rows)
+        mask, advantages = micro.completion_mask.reshape(rows), micro.advantages.reshape(-1)
+        value = grpo.clipped_surrogate(
+            logprobs, old, advantages, mask, **clip, aggregation=settings.aggregation, denominator=denominator
+        )
+        clipped = grpo.clip_fractions(logprobs, old, advantages, mask, **clip, denominator=tokens)
+        sums = {
+            "entropy": jnp.where(mask, scored.entropy.reshape(rows), 0.0).sum() / tokens,
+            "logprob_gap": jnp.where(mask, jnp.abs(logprobs - old), 0.0).sum() / tokens,
+            "ratio_mean": clipped.ratio_mean,
+            "clip_low": clipped.low,
+            "clip_high": clipped.high,
+        }
+        return value, sums
+
+    def accumulate(total, micro):
+        (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.lora, micro)
+        return jax.tree.map(jnp.add, total, (grads, {"loss": value, **sums})), None
+
+    names = ("loss", "entropy", "logprob_gap", "ratio_mean", "clip_low", "clip_high")
+    zero = (jax.tree.map(jnp.zeros_like, state.lora), {name: jnp.float32(0.0) for name in names})
+    (grads, metrics), _ = jax.lax.scan(accumulate, zero, _micro_batches(batch, settings.micro_batch))
+
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    new = TrainState(state.step + 1, optax.apply_updates(state.lora, updates), opt_state, state.key)
+    # One poisoned batch must not poison the run: adapters and moments stay, only the counter moves on.
+    kept = state._replace(step=state.step + 1)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    return new, {**metrics, "grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
