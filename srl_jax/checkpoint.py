@@ -218,7 +218,7 @@ def _reason(error: Exception) -> str:
         code = int(match.group(1)) if match else 0
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free space or lower config.checkpoint.keep"
-    return text.partition("\n")[0][:300]
+    return os.strerror(code) if code else text.partition("\n")[0][:300]
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
