@@ -16,6 +16,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from srl_jax.rewards import RewardConfig
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the field, its value, and what would be right."""
@@ -105,9 +107,7 @@ class GrpoConfig(Section):
     aggregation: str = choice("token", "sequence", "constant")
     malformed_advantage: str = choice("zero", "penalize")
     dynamic_sampling_min_std: float = number(0.02, at_least=0)  # a group is kept when std R exceeds this
-    max_extra_rollouts: int = number(
-        0, at_least=0
-    )  # rollout batches a step may add to replace dropped groups
+    max_extra_rollouts: int = number(0, at_least=0)  # rollout batches a step may add to replace dropped groups
     micro_batch: int = number(8, at_least=1)  # groups per forward and backward pass
 
 
@@ -118,13 +118,17 @@ class RewardSettings(Section):
     action_weight: float = number(0.5, at_least=0)
     state_weight: float = number(0.3, at_least=0)
     think_weight: float = number(0.2, at_least=0)
-    malformed: float = number(-0.2)
-    clip_low: float = number(-0.2)
-    clip_high: float = number(1.0)
+    malformed: float = number(-0.2, at_most=0)
+    clip_low: float = number(-0.2, at_most=0)
+    clip_high: float = number(1.0, above=0)
     brevity_penalty: float = number(0.2, at_least=0)
     brevity_ratio: float = number(1.5, above=0)
     state_match: str = choice("exact", "soft")
     execution: float = number(0.0, at_least=0)  # weight of the sandbox's verdict; 0 leaves rewards unexecuted
+
+    def build(self) -> RewardConfig:
+        """The immutable form the reward functions take."""
+        return RewardConfig(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass
@@ -204,18 +208,16 @@ class TrainConfig(Section):
         return dataclasses.asdict(self)
 
 
-def validate(config: TrainConfig, device_count: int | None = None) -> None:
+def validate(config: TrainConfig) -> None:
     """Checks every field and every rule between fields; raises `ConfigError` on the first that fails.
 
-    `device_count` (where it is known) adds the rules that tie the mesh to the machine.
+    What depends on the machine or the model (device counts, widths) is checked by `sharding`.
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError("", config, "a recipe's get_config() must return a TrainConfig")
     _validate_fields(config, "")
     if not config.model.source.strip():
-        raise ConfigError(
-            "model.source", config.model.source, "must name an asset, a directory or a .gguf file"
-        )
+        raise ConfigError("model.source", config.model.source, "must name an asset, a directory or a .gguf file")
     for name, weight in config.data.slice_weights.items():
         if not _is_number(weight) or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(
@@ -224,7 +226,9 @@ def validate(config: TrainConfig, device_count: int | None = None) -> None:
                 "must be a number above 0; leave a slice out of the mixture by naming only the others",
             )
     _validate_grpo(config)
-    _validate_reward(config.reward)
+    reward = config.reward
+    if reward.action_weight + reward.state_weight + reward.think_weight == 0:
+        raise ConfigError("reward.action_weight", 0, "must be above 0 where state_weight and think_weight are 0")
     if config.sampling.max_think_tokens >= config.sampling.max_new_tokens and config.sampling.constrained:
         # A cap as long as the whole budget would leave the grammar, not the setting, to end the think block.
         raise ConfigError(
@@ -233,10 +237,16 @@ def validate(config: TrainConfig, device_count: int | None = None) -> None:
             f"must be below sampling.max_new_tokens = {config.sampling.max_new_tokens}",
         )
     if config.optim.warmup_steps > config.steps:
+        raise ConfigError("optim.warmup_steps", config.optim.warmup_steps, f"must be at most steps = {config.steps}")
+    mesh = config.mesh
+    if mesh.data == 0:
+        raise ConfigError("mesh.data", 0, "must be -1 (all remaining devices) or at least 1")
+    if mesh.data > 0 and config.grpo.micro_batch % (mesh.data * mesh.fsdp):
         raise ConfigError(
-            "optim.warmup_steps", config.optim.warmup_steps, f"must be at most steps = {config.steps}"
+            "grpo.micro_batch",
+            config.grpo.micro_batch,
+            f"must be a multiple of mesh.data * mesh.fsdp = {mesh.data * mesh.fsdp}, the shards of the batch",
         )
-    _validate_mesh(config, device_count)
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -289,50 +299,6 @@ def _validate_grpo(config: TrainConfig) -> None:
         )
 
 
-def _validate_reward(reward: RewardSettings) -> None:
-    if reward.clip_low >= reward.clip_high:
-        raise ConfigError(
-            "reward.clip_low", reward.clip_low, f"must be below reward.clip_high = {reward.clip_high}"
-        )
-    if reward.malformed > reward.clip_low:
-        raise ConfigError(
-            "reward.malformed",
-            reward.malformed,
-            f"must be at most reward.clip_low = {reward.clip_low}, "
-            "so that no well-formed trace scores below a malformed one",
-        )
-    if reward.action_weight + reward.state_weight + reward.think_weight == 0:
-        raise ConfigError(
-            "reward.action_weight", reward.action_weight, "at least one of the three weights must be above 0"
-        )
-
-
-def _validate_mesh(config: TrainConfig, device_count: int | None) -> None:
-    mesh = config.mesh
-    if mesh.data == 0:
-        raise ConfigError("mesh.data", 0, "must be -1 (all remaining devices) or at least 1")
-    data = mesh.data
-    if device_count is not None:
-        fixed = mesh.fsdp * mesh.tensor
-        if data > 0 and data * fixed > device_count:
-            raise ConfigError(
-                "mesh.data",
-                data,
-                f"data * fsdp * tensor = {data * fixed} devices, but {device_count} present",
-            )
-        if data < 0 and device_count % fixed:
-            raise ConfigError(
-                "mesh.data", data, f"fsdp * tensor = {fixed} must divide the {device_count} devices present"
-            )
-        data = data if data > 0 else device_count // fixed
-    if data > 0 and config.grpo.micro_batch % (data * mesh.fsdp):
-        raise ConfigError(
-            "grpo.micro_batch",
-            config.grpo.micro_batch,
-            f"must be a multiple of mesh.data * mesh.fsdp = {data * mesh.fsdp}, the shards of the batch",
-        )
-
-
 def _validate_fields(section: Section, prefix: str) -> None:
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, section.__dict__[field.name]
@@ -347,9 +313,7 @@ def _validate_fields(section: Section, prefix: str) -> None:
             raise ConfigError(name, value, f"must be {expected.__name__}, not {type(value).__name__}")
         choices = field.metadata.get("choices")
         if choices and value not in choices:
-            raise ConfigError(
-                name, value, f"must be one of {', '.join(choices)}{_did_you_mean(value, choices)}"
-            )
+            raise ConfigError(name, value, f"must be one of {', '.join(choices)}{_did_you_mean(value, choices)}")
         if "bounds" in field.metadata:
             _validate_bounds(name, value, field.metadata["bounds"])
 
