@@ -1,0 +1,1 @@
+"""Programs that run inside the sandbox.  Standard library only; each file is started by `launch.py` on its own."""

