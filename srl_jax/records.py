@@ -196,7 +196,7 @@ def _check_teacher_record(record: TeacherRecord) -> None:
         raise CorruptRecord(f"task.difficulty is {task.difficulty}; must be 1 or more")
     if not 0 <= record.trace_quality <= 1:
         raise CorruptRecord(f"trace_quality is {record.trace_quality}; must lie in [0, 1]")
-    norm = float(np.linalg.norm(record.think_embedding))
+    norm = float(np.linalg.norm(np.asarray(record.think_embedding, np.float64)))  # float32 squares overflow
     if not abs(norm - 1) <= _NORM_TOLERANCE:
         raise CorruptRecord(f"think_embedding has norm {norm:.4f}; must be a unit vector")
     try:
@@ -327,7 +327,8 @@ def _array_to_json(value: Any, layout: Layout, path: str, sizes: dict[str, int])
     array = np.asarray(value)
     if array.dtype.kind not in {"f": "f", "i": "iu", "b": "b"}[wanted.kind]:
         raise CorruptRecord(f"{path} has dtype {array.dtype}, must be {wanted}")
-    converted = np.ascontiguousarray(array, dtype=wanted)
+    with np.errstate(over="ignore"):  # what overflows becomes infinity and is refused below
+        converted = np.ascontiguousarray(array, dtype=wanted)
     if wanted.kind == "i" and not np.array_equal(converted, array):
         raise CorruptRecord(f"{path} holds integers that do not fit {wanted}")
     _check_shape(array.shape, layout.shape, path, sizes)
