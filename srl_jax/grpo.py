@@ -155,9 +155,7 @@ def kl_loss(
     if estimator == "k2":
         ratio = jax.lax.stop_gradient(ratio)
     divergence = ratio * kl_estimate(logprobs, jax.lax.stop_gradient(ref_logprobs), estimator)
-    return aggregate(
-        divergence, mask, aggregation=aggregation, max_length=max_length, denominator=denominator
-    )
+    return aggregate(divergence, mask, aggregation=aggregation, max_length=max_length, denominator=denominator)
 
 
 def clipped_surrogate(
@@ -352,9 +350,7 @@ def _per_token(advantages: Array, mask: Bool[Array, "B T"]) -> Float[Array, "B T
     return _masked(jnp.broadcast_to(advantages, mask.shape), mask)
 
 
-def _scored(
-    rewards: Float[Array, "P G"], valid: Mask | None
-) -> tuple[Float[Array, "P G"], Bool[Array, "P G"]]:
+def _scored(rewards: Float[Array, "P G"], valid: Mask | None) -> tuple[Float[Array, "P G"], Bool[Array, "P G"]]:
     valid = jnp.ones(rewards.shape, bool) if valid is None else _as_bool(valid)
     return _masked(rewards, valid), valid
 
