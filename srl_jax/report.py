@@ -1,0 +1,285 @@
+"""What a run did, as a page: base against student with intervals, by slice, with curves and traces side by side.
+
+Reads what training left in a working directory (`metrics.jsonl`, `eval_base.json`, `eval_student.json`, any further
+`eval_<name>.json` such as a floor or the teacher) and writes `report.md` and `plots/*.png` beside them.
+"""
+
+import html
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from srl_jax.intervals import bootstrap_ci, paired_bootstrap_ci
+from srl_jax.metrics import read_metrics
+
+REPORT_FILE = "report.md"
+
+# Row of the tables -> value of one item, None where it does not apply (a malformed trace has no components).
+_MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "reward": lambda item: item["reward"],
+    "R_action": lambda item: item["action"],
+    "R_state": lambda item: item["state"],
+    "R_think": lambda item: item["think"],
+    "brevity penalty": lambda item: item["brevity"],
+    "parse rate": lambda item: float(item["rejection"] is None),
+    "execution success": lambda item: None if item["success"] is None else float(item["success"]),
+    "KL per token": lambda item: item["kl"],
+    "tokens in think": lambda item: item["think_tokens"],
+    "tokens in state update": lambda item: item["state_tokens"],
+}
+_ITEM_FIELDS = (
+    "task_id", "slice", "rule", "instruction", "completion", "teacher", "reward", "action", "state", "think",
+    "brevity", "rejection", "success", "kl", "think_tokens", "state_tokens",
+)  # fmt: skip
+_SHOWN_TRACE = 1500  # characters
+
+
+class ReportError(ValueError):
+    """An evaluation file that cannot be reported; the message names the file, the field and the remedy."""
+
+
+def load_evaluation(path: Path) -> dict[str, Any]:
+    """Reads one `eval_<name>.json`; raises `ReportError` when it is absent, malformed or holds no items."""
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        items = evaluation["items"]
+        seen = Counter(item["task_id"] for item in items)
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file; run launch/evaluate.py or launch/train.py first") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ReportError(f"{path}: not an evaluation ({error!r}); evaluate again") from error
+    if not items:
+        raise ReportError(f"{path}: items is empty; evaluate at least one task")
+    for number, item in enumerate(items):
+        missing = [field for field in _ITEM_FIELDS if field not in item]
+        if missing:
+            raise ReportError(f"{path}: items[{number}] lacks {', '.join(missing)}; evaluate again")
+    repeated = [task_id for task_id, count in seen.items() if count > 1]
+    if repeated:
+        raise ReportError(f"{path}: task_id {repeated[0]!r} occurs {seen[repeated[0]]} times; each task counts once")
+    return evaluation
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes `<workdir>/report.md` and its plots, each atomically; returns the report's path.
+
+    `eval_base.json` and `eval_student.json` must be there and hold the same tasks (`ReportError` otherwise).
+    """
+    workdir = Path(workdir)
+    evaluations = {"base": load_evaluation(workdir / "eval_base.json")}
+    evaluations["student"] = load_evaluation(workdir / "eval_student.json")
+    for path in sorted(workdir.glob("eval_*.json")):
+        evaluations.setdefault(path.stem.removeprefix("eval_"), load_evaluation(path))
+    items = {name: evaluation["items"] for name, evaluation in evaluations.items()}
+    base, student = _paired(items["base"], items["student"], workdir)
+    records = read_metrics(workdir)
+
+    sections = [
+        "# Report",
+        _summary(base, student, records),
+        "## Base against student",
+        "Mean [95 % bootstrap interval over tasks]. Components are over traces that parse; a difference is over the "
+        "tasks where both have a value.",
+        _comparison(items, base, student),
+        "## By slice",
+        _by_slice(items, base, student),
+        "## Rejected traces",
+        _rejections(items),
+        "## Curves",
+        _plots(workdir / "plots", items, records),
+        "## Traces side by side",
+        *(_side_by_side(*pair) for pair in _chosen(base, student)),
+    ]
+    path = workdir / REPORT_FILE
+    _write_atomically(path, ("\n\n".join(sections) + "\n").encode())
+    return path
+
+
+def _paired(
+    base: Sequence[Mapping[str, Any]], student: Sequence[Mapping[str, Any]], workdir: Path
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Both lists in the order of task ids."""
+    by_task = [{item["task_id"]: item for item in items} for items in (base, student)]
+    alone = sorted(by_task[0].keys() ^ by_task[1].keys())
+    if alone:
+        raise ReportError(
+            f"{workdir}: task {alone[0]!r} ({len(alone)} in all) is in only one of eval_base.json and "
+            "eval_student.json; evaluate both on the same tasks"
+        )
+    tasks = sorted(by_task[0])
+    return [by_task[0][task] for task in tasks], [by_task[1][task] for task in tasks]
+
+
+def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Sequence[Mapping]) -> str:
+    rewards = [item["reward"] for item in base], [item["reward"] for item in student]
+    rules = [item["rule"] for item in base]
+    difference = paired_bootstrap_ci(*rewards)
+    by_rule = paired_bootstrap_ci(*rewards, clusters=rules)
+    if difference.low > 0:
+        verdict = "the student scores higher"
+    elif difference.high < 0:
+        verdict = "the student scores **lower**"
+    else:
+        verdict = "no difference can be told"
+    lines = [
+        f"Held-out reward, student minus base: **{difference}** over {len(base)} tasks (mean and 95 % bootstrap "
+        f"interval of the paired difference): {verdict}.",
+        f"Resampling whole rules ({len(set(rules))} of them) instead of tasks: {by_rule}.",
+    ]
+    if records:
+        lines.append(f"Training: {records[-1]['step']} steps.")
+    return "  \n".join(lines)
+
+
+def _values(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
+    values = (_MEASURES[measure](item) for item in items)
+    return [value for value in values if value is not None]
+
+
+def _comparison(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
+    rows = []
+    for measure, value_of in _MEASURES.items():
+        cells = [_interval(_values(some, measure)) for some in items.values()]
+        pairs = [(value_of(b), value_of(s)) for b, s in zip(base, student, strict=True)]
+        both = [(b, s) for b, s in pairs if b is not None and s is not None]
+        difference = str(paired_bootstrap_ci(*zip(*both, strict=True))) if both else "-"
+        rows.append([measure, *cells, difference])
+    return _table(["", *items, "student - base"], rows)
+
+
+def _by_slice(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
+    parts = []
+    for name in sorted({item["slice"] for item in base}):
+        picked = {who: [item for item in some if item["slice"] == name] for who, some in items.items()}
+        before, after = ([item for item in some if item["slice"] == name] for some in (base, student))
+        parts.append(f"### {_code(name)}, {len(before)} tasks\n\n{_comparison(picked, before, after)}")
+    return "\n\n".join(parts)
+
+
+def _rejections(items: Mapping[str, Sequence[Mapping]]) -> str:
+    counts = {name: Counter(item["rejection"] for item in some if item["rejection"]) for name, some in items.items()}
+    reasons = sorted(set().union(*counts.values()))
+    if not reasons:
+        return "None: every trace parses."
+    return _table(["reason", *items], [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons])
+
+
+def _plots(directory: Path, items: Mapping[str, Sequence[Mapping]], records: Sequence[Mapping]) -> str:
+    """Draws what there are numbers for; returns the Markdown that shows it."""
+    directory.mkdir(exist_ok=True)
+    curves = {
+        "Reward by component": ["reward/total", "reward/action", "reward/state", "reward/think"],
+        "KL per token against the base": ["kl"],
+        "Parse rate": ["parse_rate"],
+    }
+    shown = []
+    for title, names in curves.items():
+        series = {
+            name: [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            for name in names
+        }
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            file = directory / f"{names[0].split('/')[0]}.png"
+            _save_figure(_curve_figure(title, series), file)
+            shown.append(f"![{title}](plots/{file.name})")
+    _save_figure(_before_after_figure(items), directory / "before_after.png")
+    return "\n\n".join([*shown, "![Before and after](plots/before_after.png)"])
+
+
+def _curve_figure(title: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(series.items()):
+        steps, values = np.array(points, np.float64).T
+        window = min(9, len(values))
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps, values, color=f"C{index}", alpha=0.3, linewidth=1)
+        axes.plot(steps[window - 1 :], smooth, color=f"C{index}", label=f"{name} (mean of {window} steps)")
+    axes.set(title=title, xlabel="step")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _before_after_figure(items: Mapping[str, Sequence[Mapping]]) -> Figure:
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    measures = ["reward", "R_action", "R_state", "R_think", "parse rate", "execution success"]
+    width = 0.8 / len(items)
+    for index, (name, some) in enumerate(items.items()):
+        present = [(place, _values(some, m)) for place, m in enumerate(measures) if _values(some, m)]
+        intervals = [bootstrap_ci(values) for _, values in present]
+        errors = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+        places = [place + index * width for place, _ in present]
+        axes.bar(places, [i.mean for i in intervals], width, yerr=np.maximum(errors, 0), capsize=2, label=name)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(measures))], measures, fontsize="small")
+    axes.set(title="Held-out tasks, mean and 95 % interval")
+    axes.legend(fontsize="small")
+    axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def _chosen(base: Sequence[Mapping], student: Sequence[Mapping]) -> list[tuple[str, Mapping, Mapping]]:
+    """The greatest gain, the median, and the greatest loss: chosen by rule, not by eye."""
+    order = sorted(range(len(base)), key=lambda i: (base[i]["reward"] - student[i]["reward"], base[i]["task_id"]))
+    places = {"Greatest gain": order[0], "Median": order[len(order) // 2], "Greatest loss": order[-1]}
+    unique = {index: title for title, index in reversed(places.items())}
+    return [(title, base[index], student[index]) for index, title in reversed(unique.items())]
+
+
+def _side_by_side(title: str, base: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """One task as an HTML table, because a Markdown table cannot hold lines. Model text is escaped throughout."""
+    columns = {
+        "teacher": base["teacher"],
+        f"base, reward {base['reward']:.3f}": base["completion"],
+        f"student, reward {student['reward']:.3f}": student["completion"],
+    }
+    heads = "".join(f"<th>{html.escape(head)}</th>" for head in columns)
+    cells = "".join(f"<td><pre>{_trace_text(text)}</pre></td>" for text in columns.values())
+    return (
+        f"### {title}: {_code(base['task_id'])} ({_code(base['slice'])}, rule {_code(base['rule'])})\n\n"
+        f"Instruction: {_code(base['instruction'])}\n\n"
+        f"<table><tr>{heads}</tr>\n<tr>{cells}</tr></table>"
+    )
+
+
+def _trace_text(text: str) -> str:
+    shown = text if len(text) <= _SHOWN_TRACE else text[:_SHOWN_TRACE] + f"... ({len(text)} characters)"
+    # A blank line would end the HTML block, and what follows would be read as Markdown.
+    return html.escape(shown).replace("\r", "").replace("\n", "<br>")
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(' '.join(text.split()))}</code>"
+
+
+def _interval(values: Sequence[float]) -> str:
+    return str(bootstrap_ci(values)) if values else "-"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    _write_atomically(path, image.getvalue())
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

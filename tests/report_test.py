@@ -1,0 +1,176 @@
+"""The report: right numbers, hostile model text contained, one clear error for what cannot be reported."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from srl_jax.metrics import METRICS_FILE
+from srl_jax.report import ReportError, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def item(number: int, reward: float = 0.5, **changes: object) -> dict:
+    values = {
+        "task_id": f"task-{number:02}", "slice": "python" if number % 2 else "javascript", "rule": f"rule-{number % 3}",
+        "instruction": "Rename old to new", "prompt": "...", "completion": f"<think>try {number}</think>",
+        "teacher": "<think>rename</think>", "reward": reward, "action": reward, "state": 0.5, "think": 0.5,
+        "brevity": 0.0, "rejection": None, "executed": True, "success": reward > 0.6, "kl": 0.01, "tokens": 50,
+        "think_tokens": 10, "state_tokens": 20,
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+MALFORMED = {
+    "action": None, "state": None, "think": None, "brevity": None, "rejection": "truncated", "executed": False,
+    "success": False, "reward": -0.2,
+}  # fmt: skip
+
+
+def write_evaluation(workdir: Path, name: str, items: list[dict]) -> None:
+    (workdir / f"eval_{name}.json").write_text(json.dumps({"name": name, "config": {}, "metrics": {}, "items": items}))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    base = [item(n, 0.3 + n / 100) for n in range(10)]
+    base[4] = {**item(4), **MALFORMED}
+    write_evaluation(tmp_path, "base", base)
+    write_evaluation(tmp_path, "student", [item(n, 0.5 + n / 50) for n in range(10)])
+    lines = (
+        {"step": s, "reward/total": 0.3 + s / 100, "reward/action": None, "kl": s / 1000, "parse_rate": 1.0}
+        for s in range(1, 21)
+    )
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def table_row(text: str, label: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_numbers_of_the_comparison(workdir):
+    text = write_report(workdir).read_text()
+    # Base rewards: .30 ... .39 without .34, and -.2: sum 3.45 - .34 - .2 = 2.91. Student: mean .5 + 4.5/50 = .59.
+    base, student, difference = table_row(text, "reward")
+    assert base.startswith("0.291 [")
+    assert student.startswith("0.590 [")
+    assert difference.startswith("0.299 [")
+    # The malformed trace has no action: nine values, sum 3.11; pairs leave task 4 (student .58) out: 5.32 - 3.11.
+    base, student, difference = table_row(text, "R_action")
+    assert base.startswith("0.346 [")
+    assert difference.startswith(f"{(5.32 - 3.11) / 9:.3f} [")
+    assert [cell[:5] for cell in table_row(text, "parse rate")] == ["0.900", "1.000", "0.100"]
+    assert [cell[:5] for cell in table_row(text, "execution success")] == ["0.000", "0.400", "0.400"]
+    assert table_row(text, "truncated") == ["1", "0"]
+    assert "student minus base: **0.299 [" in text and "the student scores higher" in text
+    assert "Training: 20 steps." in text
+
+
+def test_every_slice_has_its_own_table(workdir):
+    text = write_report(workdir).read_text()
+    javascript = text.split("### <code>javascript</code>, 5 tasks")[1].split("### <code>python</code>, 5 tasks")[0]
+    # Even tasks: .30, .32, -.2, .36, .38.
+    assert table_row(javascript, "reward")[0].startswith("0.232 [")
+
+
+def test_plots_are_images_and_linked(workdir):
+    text = write_report(workdir).read_text()
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert linked == ["plots/reward.png", "plots/kl.png", "plots/parse_rate.png", "plots/before_after.png"]
+    assert all((workdir / path).read_bytes().startswith(PNG) for path in linked)
+    assert not list(workdir.rglob("*tmp"))
+
+
+def test_traces_are_chosen_by_rule(workdir):
+    text = write_report(workdir).read_text()
+    titles = re.findall(r"### (.*?): <code>(task-\d\d)</code>", text)
+    # Gains rise with the task number (.2 + n/100); the malformed one gains .78.
+    assert titles == [("Greatest gain", "task-04"), ("Median", "task-05"), ("Greatest loss", "task-00")]
+
+
+def test_floors_and_teacher_get_their_columns(workdir):
+    write_evaluation(workdir, "floor_copy", [item(n, 0.1, kl=None, success=None) for n in range(10)])
+    text = write_report(workdir).read_text()
+    assert "|  | base | student | floor_copy | student - base |" in text
+    assert table_row(text, "reward")[2] == "0.100 [0.100, 0.100]"
+    assert table_row(text, "execution success")[2] == "-"
+
+
+def test_lower_and_undecided_are_said_plainly(workdir):
+    write_evaluation(workdir, "student", [item(n, 0.1) for n in range(10)])
+    write_evaluation(workdir, "base", [item(n, 0.2) for n in range(10)])
+    assert "the student scores **lower**" in write_report(workdir).read_text()
+    write_evaluation(workdir, "student", [item(n, 0.2 + (-1) ** n / 10) for n in range(10)])
+    assert "no difference can be told" in write_report(workdir).read_text()
+
+
+def test_without_training_metrics_the_tables_remain(workdir):
+    (workdir / METRICS_FILE).unlink()
+    text = write_report(workdir).read_text()
+    assert "plots/kl.png" not in text
+    assert "plots/before_after.png" in text
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+
+
+def test_model_text_cannot_break_out(workdir):
+    hostile = "</pre></td></table>\n\n# Heading\n\n<script>alert(1)</script>```\n| a | b |\r\n![x](http://e.com/x)"
+    write_evaluation(
+        workdir,
+        "student",
+        [item(n, 0.5, completion=hostile, instruction=hostile, slice="a|b\n# c", rule="<b>") for n in range(10)],
+    )
+    write_evaluation(workdir, "base", [item(n, 0.4, slice="a|b\n# c", rule="<b>") for n in range(10)])
+    text = write_report(workdir).read_text()
+    tags = _Tags()
+    tags.feed(text)
+    assert tags.seen <= {"table", "tr", "th", "td", "pre", "code", "br"}
+    headings = [line for line in text.splitlines() if line.startswith("# ")]
+    assert headings == ["# Report"]
+
+
+def test_long_traces_are_cut(workdir):
+    write_evaluation(workdir, "student", [item(n, 0.5, completion="x" * 100_000) for n in range(10)])
+    text = write_report(workdir).read_text()
+    assert "... (100000 characters)" in text
+    assert len(text) < 50_000
+
+
+def without(field: str) -> dict:
+    return {name: value for name, value in item(0, 0.5).items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"eval_student\.json: no such file; run launch/evaluate\.py"),
+        ("{", r"eval_student\.json: not an evaluation"),
+        ("[]", r"eval_student\.json: not an evaluation"),
+        ('{"items": [3]}', r"eval_student\.json: not an evaluation"),
+        ('{"items": []}', r"eval_student\.json: items is empty"),
+        (json.dumps({"items": [without("kl")]}), r"eval_student\.json: items\[0\] lacks kl"),
+        (json.dumps({"items": [item(0, 0.5)] * 2}), r"'task-00' occurs 2 times"),
+        (json.dumps({"items": [item(0, 0.5)]}), r"task 'task-01' \(9 in all\) is in only one"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_error(workdir, content, message):
+    path = workdir / "eval_student.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(ReportError, match=message):
+        write_report(workdir)
+    assert not (workdir / "report.md").exists()
