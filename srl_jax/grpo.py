@@ -85,8 +85,7 @@ def baseline_advantages(
     malformed: Mask | None = None,
     malformed_advantage: MalformedAdvantage = "zero",
 ) -> Float[Array, "P G"]:
-    """A_i = R_i - V_i - kl_coef * K_i: a value head's baseline, or the research notes' literal form
-    without one.
+    """A_i = R_i - V_i - kl_coef * K_i: a value head's baseline, or the research notes' literal form without one.
 
     `values` predicts R alone, so K is not centred here. Masks as in `group_advantages`.
     """
@@ -103,8 +102,7 @@ def baseline_advantages(
 def informative_groups(
     rewards: Float[Array, "P G"], min_std: float = 0.02, valid: Mask | None = None
 ) -> Bool[Array, "P"]:
-    """Which groups dynamic sampling keeps: population std of the rewards (before any KL term) above
-    `min_std`."""
+    """Which groups dynamic sampling keeps: population std of the rewards (before any KL term) above `min_std`."""
     rewards, valid = _scored(rewards, valid)
     return (_population_std(rewards, valid) > min_std)[:, 0]
 
@@ -112,8 +110,7 @@ def informative_groups(
 def kl_estimate(
     logprobs: Float[Array, "..."], ref_logprobs: Float[Array, "..."], estimator: Estimator
 ) -> Float[Array, "..."]:
-    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy, d = logprobs -
-    ref_logprobs.
+    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy, d = logprobs - ref_logprobs.
 
     k1 = d (unbiased), k2 = d^2/2 (biased, low variance), k3 = exp(-d) - 1 + d (unbiased, never negative).
     For d = .5: .5, .125, .106531. These are *values*. Differentiating k1 gives zero in expectation and k3
@@ -199,10 +196,12 @@ def aggregate(
     max_length: int | None = None,
     denominator: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """One number from per-token values: sum over the mask (each row divided by its length for "sequence"),
-    divided by `denominator`, by default `loss_denominator` of this very mask.
+    """One number from per-token values: their sum over the mask, divided by `denominator`.
 
-    An entropy bonus is `-coef * aggregate(entropy, ...)`, a divergence `aggregate(kl, ...)`: the same
+    For "sequence" each row is divided by its own length first. `denominator` is by default `loss_denominator` of this
+    very mask.
+
+    An entropy bonus is `-coef * aggregate(entropy, ...)`, an exact divergence `aggregate(kl, ...)`: the same
     normalisation as the surrogate beside it. With a global denominator the results of micro-batches or
     devices add up to the full batch's.
     """
@@ -256,8 +255,7 @@ def clip_fractions(
     level: RatioLevel = "token",
     denominator: Float[Array, ""] | None = None,
 ) -> ClipFractions:
-    """How much of `clipped_surrogate` is cut off, over trained tokens (`denominator`: their global
-    number)."""
+    """How much of `clipped_surrogate` is cut off, over trained tokens (`denominator`: their global number)."""
     mask = _as_bool(completion_mask)
     ratio = jax.lax.stop_gradient(_policy_ratio(logprobs, old_logprobs, mask, level))
     advantages = _per_token(advantages, mask)
@@ -273,8 +271,7 @@ def clip_fractions(
 
 
 def mean_over_tokens(values: Float[Array, "B T"], completion_mask: Mask) -> Float[Array, "B"]:
-    """Each row's mean over its mask, 0 for an empty row. K of `group_advantages` is this of a
-    `kl_estimate`."""
+    """Each row's mean over its mask, 0 for an empty row. K of `group_advantages` is this of a `kl_estimate`."""
     mask = _as_bool(completion_mask)
     return jnp.sum(_masked(values, mask), axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
@@ -282,15 +279,16 @@ def mean_over_tokens(values: Float[Array, "B T"], completion_mask: Mask) -> Floa
 def truncated_importance_weights(
     old_logprobs: Float[Array, "B T"], sampler_logprobs: Float[Array, "B T"], cap: float = 2.0
 ) -> Float[Array, "B T"]:
-    """min(pi_old / pi_sampler, cap) per token, constant: corrects for a sampler whose arithmetic (or age)
-    differs from the trainer's at the start of the update. Bounded above, so a rare mismatch cannot own
-    the batch."""
+    """min(pi_old / pi_sampler, cap) per token, without gradient.
+
+    Corrects for a sampler whose arithmetic (or age) differs from the trainer's at the start of the update. Bounded
+    above, so that a rare mismatch cannot own the batch.
+    """
     return jax.lax.stop_gradient(jnp.minimum(_ratio(_f32(old_logprobs), _f32(sampler_logprobs)), cap))
 
 
 def effective_sample_size(log_weights: Float[Array, "N"], valid: Mask | None = None) -> Float[Array, ""]:
-    """(sum w)^2 / (n sum w^2) in (0, 1]: the share of `n` off-policy samples that is worth having, 0 if n
-    = 0.
+    """(sum w)^2 / (n sum w^2) in (0, 1]: the share of `n` off-policy samples that is worth having, 0 if n = 0.
 
     `log_weights` are log(pi / pi_stored), one a sample. Scale free, hence safe for any magnitude.
     """

@@ -26,6 +26,10 @@ AllowedFrom = Callable[[Any], Bool[Array, "n V"]]
 # targets are never clamped.
 FORBIDDEN_LOGPROB = -1e4
 
+# Measured 2026-11-23, 2-core Xeon (AVX-512), fp32, N 1024, D 576, V 49,158, values with gradient under a grammar-like
+# mask, GFLOP/s of two head products and MiB of temporaries at chunk 32: 130, 17; 64: 140, 29; 128: 175, 53; 256: 196,
+# 101; 512: 204, 197; 1024: 191, 384. The mask costs under 2 %. A head stored [D, V] makes the logits' product 70
+# instead of 112 GFLOP/s, hence [V, D] for both products.
 DEFAULT_CHUNK_SIZE = 256
 
 
@@ -69,19 +73,19 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """log softmax over the allowed tokens of `softcap(hidden @ head.T) / temperature`, at `targets`.
 
-    `hidden` is the decoder's output after its final norm, one row for each token to score (the position
-    *before* it), `head` the unembedding, `targets` ids in [0, V) (padded rows too: they are computed and
-    then masked by the loss). `constraint` is a pytree of arrays with leading axis N (grammar states,
-    budgets); `allowed_from` turns any rows of it into a bool `[n, V]`. A forced token has log-prob,
-    entropy and gradient exactly 0. `reference_hidden` is the same tokens' hidden rows of the frozen
-    model: `ref_logprobs` then comes from the same chunk and mask, and `compute_kl` adds the exact
-    divergence. `chunk_size` bounds the tokens in flight *over all devices*; temporaries are about 3 *
-    chunk_size * V * 4 bytes.
+    `hidden` is the decoder's output after its final norm, one row for each token to score (the position *before* it),
+    `head` the unembedding, `targets` ids in [0, V) (padded rows too: they are computed, and masked by the loss).
+    `constraint` is a pytree of arrays with leading axis N (grammar states, budgets); `allowed_from` turns any rows
+    of it into a bool `[n, V]`. A forced token has log-prob, entropy and gradient exactly 0.
+    `reference_hidden` is the same tokens' hidden rows of the frozen model: `ref_logprobs` then comes from the same
+    chunk and mask, and `compute_kl` adds the exact divergence.
+    `softcap` is Gemma's: logits become softcap * tanh(logits / softcap), before the temperature.
+    `chunk_size` bounds the tokens in flight *over all devices*; temporaries are about 2 * chunk_size * V * 4 bytes.
 
-    Gradients reach `hidden` only. `head`, `reference_hidden` and `temperature` get zero: the head is
-    frozen under LoRA. `entropy` and `kl` are diagnostics with zero gradient unless `entropy_gradient` /
-    `kl_gradient` ask for a further `[N, D]` residual each. Products run in the operands' dtype and
-    accumulate in fp32.
+    Gradients reach `hidden` only. `head`, `reference_hidden` and `temperature` get zero: the head is frozen under LoRA.
+    `entropy` and `kl` are diagnostics with zero gradient unless `entropy_gradient` / `kl_gradient` ask for a further
+    `[N, D]` residual each. Products run in the operands' dtype and accumulate in fp32; what "fp32" means to an
+    accelerator's product (TF32?) is for `jax_default_matmul_precision` to say, as in the rest of the model.
 
     Chunks are strided (token i goes to chunk i mod count), so that with N sharded over a mesh axis every
     device has its share of every chunk.
