@@ -103,7 +103,9 @@ class Tokenizer:
           ValueError: when the text does not start and end with those tags.
         """
         if not (trace_text.startswith(TAGS[0]) and trace_text.endswith(STOP)):
-            raise ValueError(f"a canonical trace starts with {TAGS[0]} and ends with {STOP}: {trace_text[:80]!r}")
+            raise ValueError(
+                f"a canonical trace starts with {TAGS[0]} and ends with {STOP}: {trace_text[:80]!r}"
+            )
         return self.encode(trace_text)
 
     def encode_pieces(self, pieces: Iterable[str | Special]) -> list[int]:
@@ -233,7 +235,9 @@ def _load_directory(path: Path, atomic_tags: bool) -> Tokenizer:
         raise TokenizerError(f"{config_file}: eos_token is {eos_token!r}; name the token that ends a text")
     pad_token = names.get("pad_token")
     pad_id = None if pad_token is None else backend.token_to_id(pad_token)
-    return Tokenizer(backend, eos_id=eos_id, pad_id=eos_id if pad_id is None else pad_id, atomic_tags=atomic_tags)
+    return Tokenizer(
+        backend, eos_id=eos_id, pad_id=eos_id if pad_id is None else pad_id, atomic_tags=atomic_tags
+    )
 
 
 # How llama.cpp's names of pre-tokenizers are spelled in `tokenizers`. "smollm" splits digits one by one
@@ -338,7 +342,9 @@ def _example_for(language: str) -> _Example:
     script = _EXAMPLES["javascript"]
     suffix = {"typescript": "ts", "tsx": "tsx"}.get(language)
     if suffix is None:
-        raise ValueError(f"no prompt example for language {language!r}; known: {sorted(_EXAMPLES)}, typescript, tsx")
+        raise ValueError(
+            f"no prompt example for language {language!r}; known: {sorted(_EXAMPLES)}, typescript, tsx"
+        )
     action = script.action.replace('"javascript"', f'"{language}"').replace("db.js", f"db.{suffix}")
     return _Example(script.instruction, f"src/db.{suffix}", script.code, script.think, action, script.state)
 
@@ -358,12 +364,25 @@ def prompt_pieces(task: Task, *, few_shot: int = 1, chat: bool = True) -> list[s
             return [Special("<|im_start|>"), f"{role}\n", *content, Special("<|im_end|>"), "\n"]
         return [f"{role.capitalize()}: ", *content, "\n\n"]
 
-    pieces = turn("system", *(Special(part) if part in TAGS else part for part in _TAG_PATTERN.split(_SYSTEM)))
+    pieces = turn(
+        "system", *(Special(part) if part in TAGS else part for part in _TAG_PATTERN.split(_SYSTEM))
+    )
     if few_shot:
         shot = _example_for(task.language)
         pieces += turn("user", _request(task.language, shot.instruction, "{}", [(shot.path, shot.code)]))
         think, end_think, action, end_action, state, end_state = map(Special, TAGS)
-        answer = (think, shot.think, end_think, "\n", action, shot.action, end_action, "\n", state, shot.state)
+        answer = (
+            think,
+            shot.think,
+            end_think,
+            "\n",
+            action,
+            shot.action,
+            end_action,
+            "\n",
+            state,
+            shot.state,
+        )
         pieces += turn("assistant", *answer, end_state)
     prior = "{}" if task.prior_state == StateUpdate.empty() else render_state(task.prior_state)
     files = [(file.path, file.text) for file in task.context]
