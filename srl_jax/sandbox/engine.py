@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 
 from srl_jax.sandbox.globs import matches_any
 from srl_jax.sandbox.guest.engine import apply_edits
-from srl_jax.sandbox.isolation import Jail, Limits, check_repository
+from srl_jax.sandbox.isolation import Jail, Limits, Slot, check_repository
 from srl_jax.trace import Action, TraceError, parse_action, render_action
 
 EXTENSIONS = {
@@ -123,7 +123,7 @@ def apply_action(
     *,
     jail: Jail,
     limits: Limits,
-    uid: int | None = None,
+    slot: Slot,
     protected: Sequence[str] = (),
     max_matches: int = 1000,
     expect_matches: tuple[int, int] | None = None,
@@ -164,7 +164,7 @@ def apply_action(
         "max_matches": max_matches,
         "wall_s": limits.wall_s * 0.8,  # so that the guest reports a timeout itself, with the matches' count intact
     }
-    done = jail.run("engine", job, limits=limits, uid=uid)
+    done = jail.run("engine", job, limits=limits, slot=slot)
     if done.ended == "timeout":
         return stop(Status.TIMEOUT, f"no answer in {limits.wall_s} s")
     if done.ended == "output_limit":

@@ -32,8 +32,7 @@ def matches(path: str, pattern: str) -> bool:
         else:
             tokens = _tokens(part)
             reachable = [False] + [
-                here and _segment_matches(segment, tokens)
-                for here, segment in zip(reachable, segments, strict=False)
+                here and _segment_matches(segment, tokens) for here, segment in zip(reachable, segments, strict=False)
             ]
     return reachable[-1]
 

@@ -18,7 +18,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from importlib import resources
 from pathlib import Path
 
 from srl_jax.sandbox import seccomp
+from srl_jax.sandbox.cgroup import ENTER_FAILED, Cgroup, open_cgroup
 from srl_jax.sandbox.globs import is_relative_path
 from srl_jax.sandbox.toolchain import Bind, SandboxUnavailable, Toolchain, find_toolchain
 
@@ -35,6 +35,7 @@ __all__ = ["Completed", "Jail", "Limits", "SandboxCrash", "SandboxUnavailable", 
 FIRST_UID, UID_COUNT = 64100, 800
 MAX_REPOSITORY_FILES = 512
 _TEARDOWN_S = 10.0
+_OWN_VOICE = (b"bwrap: ", b"setpriv: ", b"enter: ")
 
 
 class SandboxCrash(RuntimeError):
@@ -79,6 +80,14 @@ class Completed:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """What runs that must not meet do not share: a uid when we are root, a control group where there is one."""
+
+    uid: int | None = None
+    cgroup: Cgroup | None = None
+
+
+@dataclass(frozen=True)
 class Jail:
     """One proven way to run guests.  Thread-safe: it holds no state between runs."""
 
@@ -88,7 +97,7 @@ class Jail:
 
     @property
     def description(self) -> str:
-        """For reports: which isolation this is."""
+        """For reports: which isolation this is, slots' control groups aside."""
         dropped = "root drops to a slot uid" if self.drops_privileges else "unprivileged"
         return f"bubblewrap ({dropped}, all namespaces, no capabilities, seccomp)"
 
@@ -98,19 +107,19 @@ class Jail:
         job: Mapping[str, object],
         *,
         limits: Limits,
-        uid: int | None = None,
+        slot: Slot,
         repository: Mapping[str, str] | None = None,
         binds: Sequence[Bind] = (),
         alongside: Sequence[str] = (),
     ) -> Completed:
         """Run guest/<guest>.py with `job` as JSON on stdin; `repository` (path -> text) is mounted read-only on /repo.
 
-        `uid` is the slot's uid (required when privileges are dropped); `alongside` names further files of guest/
+        No two runs at once may have the same `slot`; `alongside` names further files of guest/
         that must be present.  The whole namespace is gone when this returns.  Raises SandboxCrash when the isolation
         fails, ValueError for a repository that cannot be laid out.
         """
-        if self.drops_privileges and not uid:
-            raise ValueError("running as root needs the slot's unprivileged uid")
+        if self.drops_privileges and not slot.uid:
+            raise ValueError("running as root needs a slot with an unprivileged uid")
         with contextlib.ExitStack() as opened:
             memory = _MemoryFiles(opened)
             options = self._options(limits, binds, memory)
@@ -124,7 +133,7 @@ class Jail:
             options += ["--sync-fd", str(held)]
             arguments = memory.add("\0".join(options).encode() + b"\0")
             command = [
-                *self._drop(uid),
+                *self._enter(slot),
                 str(self.bwrap), "--args", arguments, "--",
                 self.toolchain.python, "-I", "-S", "-B",
                 "/guest/launch.py", json.dumps(limits.rlimits()), f"/guest/{guest}.py",
@@ -151,15 +160,18 @@ class Jail:
                     process.kill()  # no effect on one that has exited; otherwise bwrap's namespace dies with it
                     process.wait()
                     _await_teardown(alive)
-            if process.returncode and stderr.startswith((b"bwrap: ", b"setpriv: ")):
+            if process.returncode == ENTER_FAILED or (process.returncode and stderr.startswith(_OWN_VOICE)):
                 # Guests keep their own stderr from foreign code, so this is the isolation speaking.
                 raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
             return Completed(ended, process.returncode, stdout, stderr, time.monotonic() - started)
 
-    def _drop(self, uid: int | None) -> list[str]:
-        if not self.drops_privileges:
-            return []
-        return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs", "--"]
+    def _enter(self, slot: Slot) -> list[str]:
+        """Command prefix: join the slot's control group while still root, then drop to its uid."""
+        prefix = slot.cgroup.enter() if slot.cgroup else []
+        if self.drops_privileges:
+            drop = [f"--reuid={slot.uid}", f"--regid={slot.uid}", "--clear-groups", "--no-new-privs"]
+            prefix += [str(shutil.which("setpriv")), *drop, "--"]
+        return prefix
 
     def _options(self, limits: Limits, binds: Sequence[Bind], memory: _MemoryFiles) -> list[str]:
         options = [
@@ -284,35 +296,41 @@ def _await_teardown(alive: int) -> None:
     raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s")
 
 
-class UidPool:
-    """Leases one unprivileged uid per slot, unique among all processes of the machine's network namespace.
+class SlotPool:
+    """Leases slots whose uid is unique among all processes of the machine's network namespace.
 
     The lease is an abstract Unix socket: the kernel frees it when its holder dies, whatever the death.
+    An ordinary user's slots have no uid of their own and need no lease.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._leases: list[socket.socket] = []
+    def __init__(self, *, memory_bytes: int, processes: int) -> None:
+        self._memory_bytes, self._processes = memory_bytes, processes
+        self._held: list[tuple[socket.socket, Slot]] = []
 
-    def lease(self) -> int:
-        """A uid that no other slot on the machine holds; raises SandboxUnavailable when all are taken."""
-        with self._lock:
-            for uid in range(FIRST_UID, FIRST_UID + UID_COUNT):
-                lease = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                try:
-                    lease.bind(f"\0srl_jax-sandbox-uid-{uid}")
-                except OSError:
-                    lease.close()
-                    continue
-                self._leases.append(lease)
-                return uid
+    def lease(self) -> Slot:
+        """A slot that nobody else holds; raises SandboxUnavailable when all uids are taken."""
+        if os.geteuid() != 0:
+            return Slot()
+        for uid in range(FIRST_UID, FIRST_UID + UID_COUNT):
+            claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                claim.bind(f"\0srl_jax-sandbox-uid-{uid}")
+            except OSError:
+                claim.close()
+                continue
+            group = open_cgroup(str(uid), memory_bytes=self._memory_bytes, processes=self._processes)
+            slot = Slot(uid, group)
+            self._held.append((claim, slot))
+            return slot
         raise SandboxUnavailable("uid", f"all of {FIRST_UID}..{FIRST_UID + UID_COUNT - 1} are in use")
 
     def close(self) -> None:
-        """Give every uid back."""
-        with self._lock:
-            while self._leases:
-                self._leases.pop().close()
+        """Give every slot back."""
+        while self._held:
+            claim, slot = self._held.pop()
+            if slot.cgroup:
+                slot.cgroup.close()
+            claim.close()
 
 
 def open_jail(toolchain: Toolchain | None = None) -> Jail:
@@ -358,11 +376,11 @@ def _canary() -> Iterator[Path]:
 def _probe(jail: Jail) -> None:
     """Attempt the escapes in this jail; raises SandboxUnavailable for the first that gets through."""
     limits = Limits(wall_s=30.0, processes=24)
-    pool = UidPool()
+    pool = SlotPool(memory_bytes=1 << 30, processes=256)
     try:
         with _canary() as canary:
             job = {"canary": str(canary), "processes": limits.processes}
-            done = jail.run("probe", job, limits=limits, uid=pool.lease() if jail.drops_privileges else None)
+            done = jail.run("probe", job, limits=limits, slot=pool.lease())
             touched = canary.read_text() != "untouched"
     except SandboxCrash as error:
         raise SandboxUnavailable("start", str(error)) from error

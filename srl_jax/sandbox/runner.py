@@ -29,7 +29,7 @@ from typing import Any
 from srl_jax.records import TestSpec
 from srl_jax.sandbox.engine import EngineResult, Status, apply_action
 from srl_jax.sandbox.globs import is_relative_path
-from srl_jax.sandbox.isolation import Jail, Limits, SandboxUnavailable, UidPool, open_jail
+from srl_jax.sandbox.isolation import Jail, Limits, SandboxUnavailable, Slot, SlotPool, open_jail
 from srl_jax.trace import Action
 
 ENV_REPORT_VERSION = "srl-env-report/1"
@@ -51,9 +51,14 @@ class RunnerUnavailable(SandboxUnavailable):
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """`slots` runs may be under way at once, each under its own uid; limits are per run."""
+    """`slots` runs may be under way at once, each under its own uid; limits are per run.
+
+    `slot_memory_bytes` and `slot_processes` bound a whole run, where the machine gives us control groups.
+    """
 
     slots: int = 1
+    slot_memory_bytes: int = 2 << 30
+    slot_processes: int = 256
     engine_limits: Limits = field(default_factory=Limits)
     test_limits: Limits = field(default_factory=lambda: Limits(wall_s=30.0, cpu_s=20))
     max_matches: int = 1000
@@ -159,10 +164,12 @@ class Sandbox:
         if self.config.slots < 1:
             raise ValueError(f"sandbox.slots is {self.config.slots}, must be at least 1")
         self._jail: Jail = open_jail()
-        self._uids = UidPool()
-        self._slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._pool = SlotPool(memory_bytes=self.config.slot_memory_bytes, processes=self.config.slot_processes)
+        self._slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for _ in range(self.config.slots):
-            self._slots.put(self._uids.lease() if self._jail.drops_privileges else None)
+            slot = self._pool.lease()
+            self._bounded = slot.cgroup is not None
+            self._slots.put(slot)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -174,12 +181,12 @@ class Sandbox:
 
     def close(self) -> None:
         """Give the slots' uids back; runs under way end by themselves."""
-        self._uids.close()
+        self._pool.close()
 
     @property
     def isolation(self) -> str:
         """Which isolation is in use, in words."""
-        return self._jail.description
+        return self._jail.description + (", control group" if self._bounded else "")
 
     @property
     def versions(self) -> dict[str, str]:
@@ -192,22 +199,22 @@ class Sandbox:
         return frozenset(_TEST_SUFFIXES) - (set() if self._jail.toolchain.node else {"node"})
 
     @contextmanager
-    def _slot(self) -> Iterator[int | None]:
-        uid = self._slots.get()
+    def _slot(self) -> Iterator[Slot]:
+        slot = self._slots.get()
         try:
-            yield uid
+            yield slot
         finally:
-            self._slots.put(uid)
+            self._slots.put(slot)
 
     def apply(self, action: Action, files: Mapping[str, str], *, protected: Sequence[str] = ()) -> EngineResult:
         """Apply the action alone.  `protected` are globs or exact paths, added to PROTECTED."""
-        with self._slot() as uid:
+        with self._slot() as slot:
             return apply_action(
                 action,
                 files,
                 jail=self._jail,
                 limits=self.config.engine_limits,
-                uid=uid,
+                slot=slot,
                 protected=(*PROTECTED, *protected),
                 max_matches=self.config.max_matches,
                 allow_overlaps=self.config.allow_overlaps,
@@ -231,10 +238,8 @@ class Sandbox:
             "programs": {"python": toolchain.python, "node": toolchain.node},
         }
         alongside = ("run_unittest.py",) if tests.runner == "unittest" else ("node_reporter.mjs",)
-        with self._slot() as uid:
-            done = self._jail.run(
-                "run_tests", job, limits=limits, uid=uid, repository=files, alongside=alongside
-            )
+        with self._slot() as slot:
+            done = self._jail.run("run_tests", job, limits=limits, slot=slot, repository=files, alongside=alongside)
         if done.ended != "exit":
             return TestOutcome(done.ended)
         if done.exit_code != 0:
