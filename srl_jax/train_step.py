@@ -122,7 +122,12 @@ def reference_logprobs(
 
     def one(micro):
         scored = policy_logprobs(
-            decoder, {"params": params}, automaton, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+            decoder,
+            {"params": params},
+            automaton,
+            micro,
+            temperature=settings.temperature,
+            chunk=settings.logprob_chunk,
         )
         return scored.logprobs
 
@@ -148,9 +153,7 @@ def train_step(
     skipped (1 when a non-finite gradient left the adapters as they were).
     """
     flat_mask = batch.completion_mask.reshape(-1, batch.completion_mask.shape[-1])
-    denominator = grpo.loss_denominator(
-        flat_mask, aggregation=settings.aggregation, max_length=settings.max_length
-    )
+    denominator = grpo.loss_denominator(flat_mask, aggregation=settings.aggregation, max_length=settings.max_length)
     tokens = jnp.maximum(flat_mask.sum(), 1).astype(jnp.float32)
     clip = {"clip_epsilon_low": settings.clip_epsilon_low, "clip_epsilon_high": settings.clip_epsilon_high}
 

@@ -49,6 +49,11 @@ def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _along_last(vector: Float[Array, "X"], like: Array) -> Array:
+    """`vector` shaped to broadcast along the last axis of `like`, without implicit rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
@@ -59,7 +64,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return (y * _along_last(scale.astype(jnp.float32), y)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -82,7 +87,7 @@ class Linear(nn.Module):
         y = x @ kernel
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
-            y = y + self.param("bias", zeros, (self.features,)).reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y + _along_last(self.param("bias", zeros, (self.features,)), y)
         if self.lora_rank and (self.is_initializing() or self.has_variable("lora", "a")):
             # Adapters and their products stay float32: bf16 would round away the small updates they exist to carry.
             a_init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), (self.axes[0], "rank"))
@@ -123,10 +128,10 @@ class Block(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin).transpose(0, 2, 1, 3)
         kv = (k, v) if self.keep_kv else None
-        if self.has_variable("cache", "k"):
+        if self.has_variable("cache", "keys"):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
-            cache_k = self.variable("cache", "k", lambda: None)
-            cache_v = self.variable("cache", "v", lambda: None)
+            cache_k = self.variable("cache", "keys", lambda: None)
+            cache_v = self.variable("cache", "values", lambda: None)
             at = (layer, 0, 0, step, 0)
             cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
             cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
@@ -183,7 +188,7 @@ class Decoder(nn.Module):
         if step is None:
             mask = jnp.tril(jnp.ones((1, t, t), bool))
         else:
-            mask = (jnp.arange(self.variables["cache"]["layers"]["k"].shape[3]) <= step)[None, None, :]
+            mask = (jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3]) <= step)[None, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
@@ -197,9 +202,7 @@ class Decoder(nn.Module):
         )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
         prefix_mask = None if prefix is None else prefix.mask
-        x, kv = layers(
-            x, jnp.arange(c.n_layers), prefix_kv, jnp.cos(angles), jnp.sin(angles), mask, prefix_mask, step
-        )
+        x, kv = layers(x, jnp.arange(c.n_layers), prefix_kv, jnp.cos(angles), jnp.sin(angles), mask, prefix_mask, step)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
 
@@ -216,12 +219,10 @@ def logits(params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict:
     """An empty KV cache collection for `batch` rows of at most `length` tokens."""
     shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-    return {"layers": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}}
+    return {"layers": {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}}
 
 
-def encode_prompts(
-    decoder: Decoder, variables: dict, tokens: Int[Array, "P Lp"], lengths: Int[Array, "P"]
-) -> Prefix:
+def encode_prompts(decoder: Decoder, variables: dict, tokens: Int[Array, "P Lp"], lengths: Int[Array, "P"]) -> Prefix:
     """Keys and values of the first `lengths - 1` tokens of each prompt.
 
     The last prompt token is left to the completions: each row's first input, whose output predicts its first
@@ -265,3 +266,24 @@ def merge_lora(params: dict, lora: dict, scale: float) -> dict:
         delta = jnp.einsum("lir,lro->lio", adapter["a"], adapter["b"]) * scale
         layers[name] = {**layers[name], "kernel": kernel + delta}
     return {**params, "layers": layers}
+
+
+def abstract_variables(decoder: Decoder) -> dict:
+    """Shapes and logical axes (boxed) of the `params` and `lora` collections, computed without making them."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(decoder.init, jax.random.key(0), token, token)
+
+
+def init_lora(decoder: Decoder, key: Array) -> dict:
+    """A fresh `lora` collection: A normal with variance 1/fan_in, B zero. Base weights are never made."""
+    abstract = nn.unbox(abstract_variables(decoder)["lora"])
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    structure = jax.tree_util.tree_structure(abstract)
+    made = []
+    for index, (path, leaf) in enumerate(leaves):
+        if path[-1].key == "b":
+            made.append(jnp.zeros(leaf.shape, leaf.dtype))
+        else:
+            noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+            made.append(noise * leaf.shape[-2] ** -0.5)
+    return jax.tree_util.tree_unflatten(structure, made)

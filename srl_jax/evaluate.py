@@ -1,0 +1,139 @@
+"""The report's numbers: greedy answers to held-out tasks, scored by the trainer's own reward and executed.
+
+The KL of an item is its mean log-ratio to the base over its tokens, under the policy at temperature 1.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from srl_jax.config import TrainConfig
+from srl_jax.records import TeacherRecord
+from srl_jax.rollout import sample_groups
+from srl_jax.sandbox.service import RewardService, Score
+from srl_jax.student import Student
+from srl_jax.tokenizer import render_prompt
+from srl_jax.trace import TraceError, parse_trace, render_state
+from srl_jax.train_step import StepSettings
+
+
+def fitting_tasks(student: Student, records: Sequence[TeacherRecord], config: TrainConfig) -> list[TeacherRecord]:
+    """The first `eval.max_tasks` records whose prompts fit, spread over the slices in turn."""
+    by_slice: dict[str, list[TeacherRecord]] = {}
+    for record in records:
+        ids = student.tokenizer.encode_prompt(record.task, few_shot=config.data.few_shot)
+        if len(ids) <= config.data.max_prompt_tokens:
+            by_slice.setdefault(record.task.slice, []).append(record)
+    queues = [list(reversed(by_slice[name])) for name in sorted(by_slice)]
+    chosen: list[TeacherRecord] = []
+    while len(chosen) < config.eval.max_tasks and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < config.eval.max_tasks:
+                chosen.append(queue.pop())
+    return chosen
+
+
+def evaluate(
+    student: Student,
+    lora: dict | None,
+    records: Sequence[TeacherRecord],
+    service: RewardService,
+    config: TrainConfig,
+    *,
+    name: str,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict:
+    """Greedy evaluation of the student (`lora`) or of the base (`lora=None`) on `records`.
+
+    Returns the evaluation as JSON data: `name`, `config`, `metrics`, and one entry in `items` for each task.
+    """
+    greedy = dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=0.0))
+    variables = student.sampling_variables(lora)
+    size = config.eval.batch_size
+    settings = StepSettings(temperature=1.0, micro_batch=size)
+    items, timing = [], _Timing()
+    started = time.perf_counter()
+    for start in range(0, len(records), size):
+        batch = list(records[start : start + size])
+        # A short last batch is filled up, so that nothing is compiled twice; the copies are dropped again.
+        filled = batch + [batch[0]] * (size - len(batch))
+        prompts = [student.tokenizer.encode_prompt(r.task, few_shot=config.data.few_shot) for r in filled]
+        groups = sample_groups(
+            greedy, variables, filled, prompts, jax.random.key(0), service,
+            group_size=1, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+        )  # fmt: skip
+        for i, record in enumerate(batch):
+            mask = groups.arrays["mask"][i, 0]
+            ratio = groups.arrays["logprobs"][i, 0] - groups.arrays["ref"][i, 0]
+            items.append(
+                {
+                    **_item(student, record, groups.texts[i][0], groups.scores[i][0], config),
+                    "kl": float(ratio[mask].mean()),
+                    "tokens": int(mask.sum()),
+                }
+            )
+        advance(len(batch))
+    seconds = time.perf_counter() - started
+    metrics = {
+        "tasks": len(items),
+        "seconds": round(seconds, 2),
+        "seconds_by_part": {part: round(value, 2) for part, value in sorted(timing.items()) if part != "tokens"},
+        "reward": float(np.mean([item["reward"] for item in items if item["reward"] is not None])),
+        "parse_rate": float(np.mean([item["rejection"] is None for item in items])),
+    }
+    return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
+
+
+class _Timing(dict):
+    def __missing__(self, key: str) -> float:
+        return 0.0
+
+
+def _item(student: Student, record: TeacherRecord, text: str, score: Score, config: TrainConfig) -> dict:
+    reward, report = score.reward, score.report
+    try:
+        trace = parse_trace(text)
+        think, state = trace.think, render_state(trace.state)
+    except TraceError:
+        think = state = ""
+    count = lambda part: len(student.tokenizer.encode_text(part))
+    executed = report is not None
+    return {
+        "task_id": record.task.task_id,
+        "slice": record.task.slice,
+        "rule": record.task.rule,
+        "instruction": record.task.instruction,
+        "prompt": render_prompt(record.task, few_shot=config.data.few_shot, chat=student.tokenizer.has_chat_markers),
+        "completion": text,
+        "teacher": record.trace,
+        "reward": None if reward is None else reward.total,
+        "action": None if reward is None else reward.action,
+        "state": None if reward is None else reward.state,
+        "think": None if reward is None else reward.think,
+        "brevity": None if reward is None else reward.brevity,
+        "rejection": None if reward is None or reward.rejection is None else reward.rejection.value,
+        "executed": executed,
+        # A malformed answer cannot be executed, which is a failure; an execution that could not run is unknown.
+        "success": report.success if executed else (False if reward is not None and reward.rejection else None),
+        "status": report.status.value if executed else score.unscored,
+        "diff": report.diff if executed else None,
+        "think_tokens": count(think),
+        "state_tokens": count(state),
+    }
+
+
+def write_json(path: str | os.PathLike[str], value: dict) -> None:
+    """Writes JSON atomically."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,261 @@
+"""The decoder against transformers, against itself uncached and unshared, and against damaged files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from srl_jax import assets
+from srl_jax.model import families, hf
+from srl_jax.model.decoder import (
+    Decoder,
+    completion_hidden,
+    encode_prompts,
+    init_cache,
+    init_lora,
+    logits,
+    merge_lora,
+)
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_CASES = {
+    "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "llama-tied-mha": (transformers.LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-rope-scaling": (transformers.LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-linear-rope": (
+        transformers.LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3-wide-heads": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+def _peer(name: str) -> transformers.PreTrainedModel:
+    kind, extra = _CASES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**_SMALL, **extra}), dtype=torch.float32)
+    with torch.no_grad():  # biases and norms start at 0 and 1, where a forgotten one would not show
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _positions(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+
+
+def _full_logits(config, params, tokens):
+    hidden, _ = Decoder(config).apply({"params": params}, tokens, _positions(tokens))
+    return np.asarray(logits(params, hidden))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_logits_and_greedy_text_agree_with_transformers(name, tmp_path):
+    peer = _peer(name)
+    peer.save_pretrained(tmp_path)
+    config, params = hf.load_params(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 70))
+    with torch.no_grad():
+        expected = peer(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(_full_logits(config, params, tokens), expected, atol=1e-4)
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.parameters
+
+    with torch.no_grad():
+        theirs = peer.generate(torch.tensor(tokens[:, :8]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert _greedy(config, params, tokens[:, :8], 64).tolist() == theirs[:, 8:].tolist()
+
+
+def _greedy(config, params, prompts, steps):
+    """Greedy text through the shared prefix and the KV cache."""
+    decoder = Decoder(config)
+    lengths = jnp.full(prompts.shape[0], prompts.shape[1])
+    prefix = encode_prompts(decoder, {"params": params}, prompts, lengths)
+
+    def step(carry, i):
+        token, cache = carry
+        (hidden, _), new = decoder.apply(
+            {"params": params, "cache": cache},
+            token[:, None],
+            jnp.broadcast_to(prompts.shape[1] - 1 + i, (prompts.shape[0], 1)),
+            prefix,
+            i,
+            mutable=["cache"],
+        )
+        token = jnp.argmax(logits(params, hidden)[:, 0], axis=-1)
+        return (token, new["cache"]), token
+
+    cache = init_cache(config, prompts.shape[0], steps, jnp.float32)
+    _, tokens = jax.lax.scan(step, (jnp.asarray(prompts[:, -1]), cache), jnp.arange(steps))
+    return np.asarray(tokens).T
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_smollm2_from_gguf_agrees_with_transformers():
+    path = assets.fetch("smollm2-135m-instruct")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    config, params = hf.load_params(path)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 48))
+    with torch.no_grad():
+        expected = peer(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(_full_logits(config, params, tokens) - expected).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = families.tiny(101)
+    decoder = Decoder(config, lora_rank=4, lora_alpha=8.0)
+    params = hf.random_params(config, seed=1)
+    lora = init_lora(decoder, jax.random.key(2))
+    lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), lora)
+    return decoder, params, lora
+
+
+def _ragged(seed=0, groups=3, length=9):
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, 101, (2, 12)).astype(np.int32)
+    return prompts, np.asarray([12, 7], np.int32), rng.integers(0, 101, (2, groups, length)).astype(np.int32)
+
+
+def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(small):
+    decoder, params, lora = small
+    prompts, lengths, completions = _ragged()
+    weights = np.random.default_rng(5).standard_normal((2, 3, 9, decoder.config.d_model)).astype(np.float32)
+
+    def shared(lora):
+        variables = {"params": params, "lora": lora}
+        return completion_hidden(decoder, variables, jnp.asarray(prompts), jnp.asarray(lengths), completions)
+
+    def apart(lora):
+        rows = []
+        for p in range(2):
+            for g in range(3):
+                row = np.concatenate([prompts[p, : lengths[p]], completions[p, g]])[None]
+                hidden, _ = decoder.apply({"params": params, "lora": lora}, row, _positions(row))
+                rows.append(hidden[0, lengths[p] - 1 : -1])
+        return jnp.stack(rows).reshape(2, 3, 9, -1)
+
+    np.testing.assert_allclose(jax.jit(shared)(lora), jax.jit(apart)(lora), atol=1e-5)
+    grads = [jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x) * weights)))(lora) for f in (shared, apart)]
+    for one, other in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_padding_and_neighbours_do_not_leak(small):
+    decoder, params, lora = small
+    prompts, lengths, completions = _ragged()
+    variables = {"params": params, "lora": lora}
+    before = completion_hidden(decoder, variables, jnp.asarray(prompts), jnp.asarray(lengths), completions)
+    prompts[1, 7:] = 55  # padding of the second prompt
+    completions[:, 2] = 3  # a sibling
+    after = completion_hidden(decoder, variables, jnp.asarray(prompts), jnp.asarray(lengths), completions)
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+
+
+def test_a_token_sees_only_what_comes_before_it(small):
+    decoder, params, _ = small
+    tokens = jnp.asarray(_ragged()[0][:1])
+    embedding = params["embedding"]
+
+    def hidden_at_5(rows):
+        # Each position gets an embedding row of its own, so that a gradient names the position.
+        own = {**params, "embedding": embedding.at[:12].set(rows)}
+        out, _ = decoder.apply({"params": own}, jnp.arange(12)[None, :], _positions(tokens))
+        return out[0, 5].sum()
+
+    grads = np.abs(jax.grad(hidden_at_5)(embedding[:12])).sum(-1)
+    assert (grads[:6] > 0).all() and (grads[6:] == 0).all()
+
+
+def test_merged_adapters_equal_applied_ones(small):
+    decoder, params, lora = small
+    tokens = jnp.asarray(_ragged()[0])
+    applied, _ = decoder.apply({"params": params, "lora": lora}, tokens, _positions(tokens))
+    merged, _ = decoder.apply({"params": merge_lora(params, lora, 2.0)}, tokens, _positions(tokens))
+    base, _ = decoder.apply({"params": params}, tokens, _positions(tokens))
+    np.testing.assert_allclose(applied, merged, atol=1e-4)
+    assert np.abs(applied - base).max() > 1e-2  # the adapters are in use at all
+
+
+def test_merging_refuses_bfloat16(small):
+    _, params, lora = small
+    with pytest.raises(ValueError, match="float32"):
+        merge_lora(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), lora, 1.0)
+
+
+def test_remat_changes_memory_not_numbers(small):
+    decoder, params, lora = small
+    tokens = jnp.asarray(_ragged()[0])
+
+    def loss(lora, remat):
+        out, _ = decoder.clone(remat=remat).apply({"params": params, "lora": lora}, tokens, _positions(tokens))
+        return jnp.sum(out**2)
+
+    plain, remat = jax.grad(loss)(lora, False), jax.grad(loss)(lora, True)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_new_rows_are_the_mean_of_their_sources(tmp_path):
+    _peer("llama-untied").save_pretrained(tmp_path)
+    _, plain = hf.load_params(tmp_path)
+    config, grown = hf.load_params(tmp_path, new_rows=[[3], [4, 6]])
+    assert config.vocab_size == 99
+    for table in ("embedding", "head"):
+        np.testing.assert_array_equal(grown[table][:97], plain[table])
+        np.testing.assert_allclose(grown[table][97], plain[table][3])
+        np.testing.assert_allclose(grown[table][98], (plain[table][4] + plain[table][6]) / 2, rtol=1e-6)
+
+
+def _edit_weights(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_damaged_models_are_refused_by_name(tmp_path):
+    _peer("llama-untied").save_pretrained(tmp_path)
+    _edit_weights(tmp_path, lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}))
+    with pytest.raises(hf.BadWeights, match=r"model\.norm\.weight.*\(5,\).*\(32,\)"):
+        hf.load_params(tmp_path)
+    _edit_weights(tmp_path, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(hf.BadWeights, match=r"model\.norm\.weight.*missing"):
+        hf.load_params(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalML"]}))
+    with pytest.raises(families.UnsupportedModel, match="LlamaForCausalML.*nearest: LlamaForCausalLM"):
+        hf.load_params(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        hf.load_params(tmp_path / "nowhere")
+
+
+def test_the_hash_sees_one_changed_bit(small):
+    _, params, _ = small
+    changed = {**params, "embedding": params["embedding"].at[5, 5].add(1e-6)}
+    assert hf.weights_hash(params) == hf.weights_hash(dict(reversed(params.items())))
+    assert hf.weights_hash(params) != hf.weights_hash(changed)
