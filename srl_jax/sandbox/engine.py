@@ -172,7 +172,10 @@ def apply_action(
     if done.exit_code != 0:
         said = done.stderr[-500:].decode("utf-8", "replace")
         return stop(Status.CRASH, f"the engine ended with {done.exit_code}: {said}")
-    answer = json.loads(done.stdout)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        return stop(Status.CRASH, "the engine's answer was cut")
     if answer["status"] != "ok":
         return stop(Status(answer["status"]), answer["detail"])
 

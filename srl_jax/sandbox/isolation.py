@@ -128,9 +128,10 @@ class Jail:
                 options += ["--perms", "0444", "--file", memory.add(source), f"/guest/{name}"]
             options += _repository_options(repository or {}, limits, memory)
             options += ["--remount-ro", "/dev", "--remount-ro", "/"]
-            alive, held = os.pipe()
-            opened.callback(os.close, alive)
-            options += ["--sync-fd", str(held)]
+            # The guest is its namespace's init: nothing inside can kill or stop it, and its end is everyone's end.
+            told, teller = os.pipe()
+            opened.callback(os.close, told)
+            options += ["--as-pid-1", "--info-fd", str(teller)]
             arguments = memory.add("\0".join(options).encode() + b"\0")
             command = [
                 *self._enter(slot),
@@ -145,21 +146,19 @@ class Jail:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    pass_fds=[*memory.descriptors, held],
+                    pass_fds=[*memory.descriptors, teller],
                     env={},
                     cwd="/",
                 )
             except OSError as error:
                 raise SandboxCrash(f"cannot start {self.bwrap}: {error}") from error
             finally:
-                os.close(held)
+                os.close(teller)
             with process:
                 try:
                     ended, stdout, stderr = _converse(process, json.dumps(job).encode(), limits)
                 finally:
-                    process.kill()  # no effect on one that has exited; otherwise bwrap's namespace dies with it
-                    process.wait()
-                    _await_teardown(alive)
+                    _end(process, told)
             if process.returncode == ENTER_FAILED or (process.returncode and stderr.startswith(_OWN_VOICE)):
                 # Guests keep their own stderr from foreign code, so this is the isolation speaking.
                 raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
@@ -285,15 +284,37 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, limits: Limits) -> 
     return ended, bytes(collected[process.stdout]), bytes(collected[process.stderr])
 
 
-def _await_teardown(alive: int) -> None:
-    """Wait until the last holder of the sync descriptor, the namespace's init, is gone."""
-    deadline = time.monotonic() + _TEARDOWN_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(alive, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if selector.select(left) and not os.read(alive, 4096):
-                return
-    raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s")
+def _end(process: subprocess.Popen[bytes], told: int) -> None:
+    """Make sure that the whole namespace is gone.
+
+    bwrap reaps its namespace's init, which the kernel lets die only after every process of the namespace; so init is
+    killed, and then bwrap waited for.  Killing bwrap first would leave nobody to wait for.
+    """
+    if process.poll() is not None:
+        return
+    if init := _init_pid(told):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGKILL)  # not yet reaped, since bwrap is alive: the number is still its own
+    else:
+        process.kill()  # it never came to start a namespace, or has just ended
+    try:
+        process.wait(_TEARDOWN_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s") from error
+
+
+def _init_pid(told: int) -> int | None:
+    """The host's number of the namespace's init, from bwrap's --info-fd; None when bwrap has not said it."""
+    os.set_blocking(told, False)
+    try:
+        said = os.read(told, 4096)
+    except BlockingIOError:
+        return None
+    try:
+        return int(json.loads(said)["child-pid"])
+    except (ValueError, KeyError):
+        return None
 
 
 class SlotPool:

@@ -243,9 +243,12 @@ class Sandbox:
         if done.ended != "exit":
             return TestOutcome(done.ended)
         if done.exit_code != 0:
-            # The tests killed their supervisor, or starved it: whatever they had to say does not count.
+            # The tests starved their supervisor: whatever they had to say does not count.
             return TestOutcome("cut", output=done.stderr[-4000:].decode("utf-8", "replace"))
-        answer = json.loads(done.stdout)
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            return TestOutcome("cut", output="the supervisor's answer was cut")
         ended = "timeout" if answer["ended"] == "timeout" else "finished" if answer["finished"] else "cut"
         return TestOutcome(
             ended, tuple(answer["passed"]), tuple(answer["failed"]), tuple(answer["skipped"]), answer["output"]

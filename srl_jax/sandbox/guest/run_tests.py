@@ -5,8 +5,9 @@ stdout: {"ended": "exit"|"timeout", "exit_code", "finished": whether the runner 
          "passed": [ids], "failed": [ids], "skipped": [ids], "output": the last of stdout and stderr}
 
 The tests run in a child process, since the code under test is hostile: its outputs are drained and cut, its results
-come over a pipe of their own, and this process is made undumpable so that the child, though of the same
-uid, cannot reach its memory or descriptors through /proc.  A record counts when it carries the run's nonce.
+come over a pipe of their own.  This process is the namespace's init, which nothing inside can kill or stop, and makes
+itself undumpable, so that the child, though of the same uid, cannot reach its memory or descriptors
+through /proc.  A record counts when it carries the run's nonce.
 """
 
 import ctypes
@@ -47,6 +48,18 @@ def start(job):
     return pid, results_in, output_in, stdin_out
 
 
+def reap(pid):
+    """Collect every process that has ended (orphans are init's, ours); the exit code of `pid` if it is among them."""
+    code = None
+    try:
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == pid:
+                code = os.waitstatus_to_exitcode(ended[1])
+    except ChildProcessError:
+        pass  # no child is left
+    return code
+
+
 def collect(pid, results, output, deadline):
     """Drain both pipes until the child is gone; returns (ended, exit code, records, tail of the output)."""
     collected, tail = bytearray(), bytearray()
@@ -66,22 +79,22 @@ def collect(pid, results, output, deadline):
                     tail = (tail + chunk)[-TAIL:]
             now = time.monotonic()
             if code is None:
-                done, raw = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    code, grace = os.waitstatus_to_exitcode(raw), now + 0.25
+                code = reap(pid)
+                if code is not None:
+                    grace = now + 0.25
                 elif now > deadline:
                     os.kill(pid, signal.SIGKILL)
-                    ended, code, grace = "timeout", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), now
+                    os.waitpid(pid, 0)
+                    ended, code, grace = "timeout", -signal.SIGKILL, now
             elif now > grace:
                 break  # a descendant of the child still holds a pipe; it dies with the namespace
     if code is None:
         # Both pipes were closed by a child that is still running.
-        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        while (code := reap(pid)) is None:
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
                 ended = "timeout"
             time.sleep(0.005)
-        code = -1
     return ended, code, bytes(collected), bytes(tail)
 
 

@@ -63,7 +63,8 @@ def main(leave=os._exit):
     sys.path.insert(0, "/repo")
     names = [name.removesuffix(".py").replace("/", ".") for name in job["files"]]
     outcome = runner.run(loader.loadTestsFromNames(names))
-    sys.stderr.flush()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        stream.flush()
     report(end=True)
     leave(0 if outcome.wasSuccessful() else 1)  # without the exit handlers that the repository may have left
 
