@@ -359,9 +359,8 @@ def _group_mean(x: Float[Array, "P G"], valid: Bool[Array, "P G"]) -> Float[Arra
 
 
 def _centred(x: Float[Array, "P G"], valid: Bool[Array, "P G"]) -> Float[Array, "P G"]:
-    # Measured from the group's smallest member: the mean of n equal fp32 numbers need not be that number,
-    # and a tied group must centre to exact zeros. It also makes a constant added to the group cancel
-    # before rounding.
+    # Measured from the group's smallest member: the mean of n equal fp32 numbers need not be that number, and equal
+    # members (rewards or KLs) must centre to exact zeros.
     smallest = jnp.min(x, axis=-1, keepdims=True, where=valid, initial=jnp.inf)
     above = jnp.where(valid, x - smallest, 0.0)
     return _masked(above - _group_mean(above, valid), valid)
