@@ -1,13 +1,15 @@
 """What a run did, as a page: base against student with intervals, by slice, with curves and traces side by side.
 
-Reads what training left in a working directory (`metrics.jsonl`, `eval_base.json`, `eval_student.json`, any further
-`eval_<name>.json` such as a floor or the teacher) and writes `report.md` and `plots/*.png` beside them.
+Reads what training left in a working directory: `metrics.jsonl`, `eval_base.json`, `eval_student.json`, any further
+`eval_<name>.json` such as a floor or the teacher, and `eval_step<N>.json` as points of a curve. Writes `report.md` and
+`plots/*.png` beside them.
 """
 
 import html
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +23,15 @@ from srl_jax.metrics import read_metrics
 
 REPORT_FILE = "report.md"
 
-# Row of the tables -> value of one item, None where it does not apply (a malformed trace has no components).
+# Row of the tables -> value of one item; None where there is none: a malformed trace has no components, and one that
+# the sandbox could not judge has no reward.
 _MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "reward": lambda item: item["reward"],
     "R_action": lambda item: item["action"],
     "R_state": lambda item: item["state"],
     "R_think": lambda item: item["think"],
     "brevity penalty": lambda item: item["brevity"],
-    "parse rate": lambda item: float(item["rejection"] is None),
+    "parse rate": lambda item: None if item["reward"] is None else float(item["rejection"] is None),
     "execution success": lambda item: None if item["success"] is None else float(item["success"]),
     "KL per token": lambda item: item["kl"],
     "tokens in think": lambda item: item["think_tokens"],
@@ -75,11 +78,18 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     workdir = Path(workdir)
     evaluations = {"base": load_evaluation(workdir / "eval_base.json")}
     evaluations["student"] = load_evaluation(workdir / "eval_student.json")
+    held_out = {0: evaluations["base"]["items"]}
     for path in sorted(workdir.glob("eval_*.json")):
-        evaluations.setdefault(path.stem.removeprefix("eval_"), load_evaluation(path))
+        name = path.stem.removeprefix("eval_")
+        if during := re.fullmatch(r"step(\d+)", name):
+            held_out[int(during.group(1))] = load_evaluation(path)["items"]
+        else:
+            evaluations.setdefault(name, load_evaluation(path))
     items = {name: evaluation["items"] for name, evaluation in evaluations.items()}
     base, student = _paired(items["base"], items["student"], workdir)
     records = read_metrics(workdir)
+    if records:
+        held_out[records[-1]["step"]] = student
 
     sections = [
         "# Report",
@@ -93,7 +103,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         "## Rejected traces",
         _rejections(items),
         "## Curves",
-        _plots(workdir / "plots", items, records),
+        _plots(workdir / "plots", items, records, held_out),
         "## Traces side by side",
         *(_side_by_side(*pair) for pair in _chosen(base, student)),
     ]
@@ -118,8 +128,11 @@ def _paired(
 
 
 def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Sequence[Mapping]) -> str:
-    rewards = [item["reward"] for item in base], [item["reward"] for item in student]
-    rules = [item["rule"] for item in base]
+    scored = [(b, s) for b, s in zip(base, student, strict=True) if None not in (b["reward"], s["reward"])]
+    if not scored:
+        return "No task has a reward in both evaluations, so nothing can be compared."
+    rewards = [b["reward"] for b, _ in scored], [s["reward"] for _, s in scored]
+    rules = [b["rule"] for b, _ in scored]
     difference = paired_bootstrap_ci(*rewards)
     by_rule = paired_bootstrap_ci(*rewards, clusters=rules)
     if difference.low > 0:
@@ -129,10 +142,12 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
     else:
         verdict = "no difference can be told"
     lines = [
-        f"Held-out reward, student minus base: **{difference}** over {len(base)} tasks (mean and 95 % bootstrap "
+        f"Held-out reward, student minus base: **{difference}** over {len(scored)} tasks (mean and 95 % bootstrap "
         f"interval of the paired difference): {verdict}.",
         f"Resampling whole rules ({len(set(rules))} of them) instead of tasks: {by_rule}.",
     ]
+    if len(scored) < len(base):
+        lines.append(f"{len(base) - len(scored)} tasks could not be scored in one of the two and are left out.")
     if records:
         lines.append(f"Training: {records[-1]['step']} steps.")
     return "  \n".join(lines)
@@ -171,7 +186,12 @@ def _rejections(items: Mapping[str, Sequence[Mapping]]) -> str:
     return _table(["reason", *items], [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons])
 
 
-def _plots(directory: Path, items: Mapping[str, Sequence[Mapping]], records: Sequence[Mapping]) -> str:
+def _plots(
+    directory: Path,
+    items: Mapping[str, Sequence[Mapping]],
+    records: Sequence[Mapping],
+    held_out: Mapping[int, Sequence[Mapping]],
+) -> str:
     """Draws what there are numbers for; returns the Markdown that shows it."""
     directory.mkdir(exist_ok=True)
     curves = {
@@ -190,6 +210,10 @@ def _plots(directory: Path, items: Mapping[str, Sequence[Mapping]], records: Seq
             file = directory / f"{names[0].split('/')[0]}.png"
             _save_figure(_curve_figure(title, series), file)
             shown.append(f"![{title}](plots/{file.name})")
+    points = [(step, values) for step, some in sorted(held_out.items()) if (values := _values(some, "reward"))]
+    if len(points) > 2:
+        _save_figure(_held_out_figure(points), directory / "held_out.png")
+        shown.append("![Held-out reward](plots/held_out.png)")
     _save_figure(_before_after_figure(items), directory / "before_after.png")
     return "\n\n".join([*shown, "![Before and after](plots/before_after.png)"])
 
@@ -205,6 +229,18 @@ def _curve_figure(title: str, series: Mapping[str, Sequence[tuple[int, float]]])
         axes.plot(steps[window - 1 :], smooth, color=f"C{index}", label=f"{name} (mean of {window} steps)")
     axes.set(title=title, xlabel="step")
     axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _held_out_figure(points: Sequence[tuple[int, Sequence[float]]]) -> Figure:
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    intervals = [bootstrap_ci(values) for _, values in points]
+    steps = [step for step, _ in points]
+    axes.plot(steps, [i.mean for i in intervals], marker="o")
+    axes.fill_between(steps, [i.low for i in intervals], [i.high for i in intervals], alpha=0.2)
+    axes.set(title="Held-out reward, mean and 95 % interval", xlabel="step")
     axes.grid(alpha=0.3)
     return figure
 
@@ -229,7 +265,10 @@ def _before_after_figure(items: Mapping[str, Sequence[Mapping]]) -> Figure:
 
 def _chosen(base: Sequence[Mapping], student: Sequence[Mapping]) -> list[tuple[str, Mapping, Mapping]]:
     """The greatest gain, the median, and the greatest loss: chosen by rule, not by eye."""
-    order = sorted(range(len(base)), key=lambda i: (base[i]["reward"] - student[i]["reward"], base[i]["task_id"]))
+    scored = [i for i in range(len(base)) if None not in (base[i]["reward"], student[i]["reward"])]
+    if not scored:
+        return []
+    order = sorted(scored, key=lambda i: (base[i]["reward"] - student[i]["reward"], base[i]["task_id"]))
     places = {"Greatest gain": order[0], "Median": order[len(order) // 2], "Greatest loss": order[-1]}
     unique = {index: title for title, index in reversed(places.items())}
     return [(title, base[index], student[index]) for index, title in reversed(unique.items())]

@@ -13,13 +13,13 @@ from srl_jax.report import ReportError, write_report
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def item(number: int, reward: float = 0.5, **changes: object) -> dict:
+def item(number: int, reward: float | None = 0.5, **changes: object) -> dict:
     values = {
         "task_id": f"task-{number:02}", "slice": "python" if number % 2 else "javascript", "rule": f"rule-{number % 3}",
         "instruction": "Rename old to new", "prompt": "...", "completion": f"<think>try {number}</think>",
         "teacher": "<think>rename</think>", "reward": reward, "action": reward, "state": 0.5, "think": 0.5,
-        "brevity": 0.0, "rejection": None, "executed": True, "success": reward > 0.6, "kl": 0.01, "tokens": 50,
-        "think_tokens": 10, "state_tokens": 20,
+        "brevity": 0.0, "rejection": None, "executed": True, "success": reward is not None and reward > 0.6,
+        "kl": 0.01, "tokens": 50, "think_tokens": 10, "state_tokens": 20,
     }  # fmt: skip
     return {**values, **changes}
 
@@ -99,6 +99,28 @@ def test_floors_and_teacher_get_their_columns(workdir):
     assert "|  | base | student | floor_copy | student - base |" in text
     assert table_row(text, "reward")[2] == "0.100 [0.100, 0.100]"
     assert table_row(text, "execution success")[2] == "-"
+
+
+def test_evaluations_during_training_are_a_curve_not_columns(workdir):
+    for step in (4, 12):
+        write_evaluation(workdir, f"step{step}", [item(n, 0.4) for n in range(10)])
+    text = write_report(workdir).read_text()
+    assert "|  | base | student | student - base |" in text
+    assert "plots/held_out.png" in text
+    assert (workdir / "plots" / "held_out.png").read_bytes().startswith(PNG)
+
+
+def test_unscored_tasks_are_left_out_and_counted(workdir):
+    unscored = {"reward": None, "action": None, "state": None, "think": None, "brevity": None, "success": None}
+    write_evaluation(workdir, "student", [item(0, **unscored), *(item(n, 0.5 + n / 50) for n in range(1, 10))])
+    text = write_report(workdir).read_text()
+    assert "over 9 tasks" in text
+    assert "1 tasks could not be scored" in text
+    # The other nine: student .5 + 5/50 = .6 on average, base 2.61 / 9 = .29.
+    assert table_row(text, "reward")[2].startswith("0.310 [")
+    assert table_row(text, "parse rate")[1].startswith("1.000 [")
+    write_evaluation(workdir, "student", [item(n, **unscored) for n in range(10)])
+    assert "nothing can be compared" in write_report(workdir).read_text()
 
 
 def test_lower_and_undecided_are_said_plainly(workdir):
