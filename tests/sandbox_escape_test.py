@@ -404,7 +404,7 @@ GAMES = {
     "skip at import": "import unittest\nraise unittest.SkipTest('no')\n",
     "pass everything": "import unittest\nunittest.TestCase.run = lambda self, result=None: result.addSuccess(self)\n",
     "assert nothing": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\n",
-    "replace the loader": "import unittest\nunittest.TestLoader.loadTestsFromNames = lambda *a: unittest.TestSuite()\n",
+    "replace the loader": "import unittest\nunittest.TestLoader.loadTestsFromName = lambda *a: unittest.TestSuite()\n",
     "silence json": "import json, os\njson.dumps = lambda *a: '{}'\nos.write = lambda *a: 0\n",
     "kill the supervisor": "import os\nos.kill(os.getppid(), 9)\n",
     "never return": "while True: pass\n",

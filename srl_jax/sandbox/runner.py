@@ -137,7 +137,7 @@ class EnvReport:
         return cls(**fields)
 
 
-def test_files(tests: TestSpec) -> tuple[str, ...]:
+def runnable_files(tests: TestSpec) -> tuple[str, ...]:
     """The files of `tests` that its runner is to load: of its language, with "test" or "spec" in the base name."""
     if tests.runner not in _TEST_SUFFIXES:
         raise ValueError(f"tests.runner is {tests.runner!r}, must be one of {sorted(_TEST_SUFFIXES)}")
@@ -222,7 +222,7 @@ class Sandbox:
 
     def run_tests(self, files: Mapping[str, str], tests: TestSpec) -> TestOutcome:
         """Run the test files of `tests` over a read-only copy of `files`; `expected_ids` are not looked at."""
-        selected = test_files(tests)
+        selected = runnable_files(tests)
         for path in selected:
             if path not in files or not is_relative_path(path):
                 raise ValueError(f"tests.files names {path!r}, which is not in the repository")
