@@ -1,0 +1,192 @@
+"""Reads a data set: Grain over ArrayRecord, balanced by slice, shuffled by seed, resumable to the record."""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from data_pipeline.errors import DataError
+from data_pipeline.write import FORMAT, MANIFEST
+from srl_jax.records import SCHEMA_VERSION, CorruptRecord, TeacherRecord, decode_record
+
+__all__ = ["DataError", "make_loader", "make_stream", "read_manifest", "read_split", "verify"]
+
+log = logging.getLogger(__name__)
+
+# Beyond this share of unreadable records a data set is broken rather than scratched.
+MAX_CORRUPT_SHARE = 0.01
+_READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+_REBUILD = "build it again with launch/prepare_data.py"
+
+
+def read_manifest(data_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a data set this program can read; DataError otherwise."""
+    path = Path(data_dir) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{data_dir} holds no {MANIFEST}, so it is not a data set; {_REBUILD} --out={data_dir}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); {_REBUILD}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise DataError(f"{path}: format is {found!r}, this program reads {FORMAT!r}; {_REBUILD}")
+    if manifest.get("schema") != SCHEMA_VERSION:
+        found = manifest.get("schema")
+        raise DataError(f"{path}: schema is {found!r}, this program reads {SCHEMA_VERSION!r}; {_REBUILD}")
+    return manifest
+
+
+class _CorruptionLimit:
+    """Counts distinct unreadable records over all slices and stops the run beyond the allowed share."""
+
+    def __init__(self, total: int, max_share: float) -> None:
+        self._total, self._max_share = total, max_share
+        self._seen: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+
+    def report(self, shard: str, index: int, error: Exception) -> None:
+        with self._lock:
+            if (shard, index) in self._seen:
+                return
+            self._seen.add((shard, index))
+            count = len(self._seen)
+        log.warning("skipping record %d of %s: %s", index, shard, error)
+        if count > self._max_share * self._total:
+            raise DataError(
+                f"{count} of {self._total} records cannot be read, the last being record {index} of {shard}; {_REBUILD}"
+            ) from error
+
+
+class _SliceSource:
+    """Random access to one slice's records; an unreadable one is None."""
+
+    def __init__(self, data_dir: Path, shards: Sequence[Mapping[str, Any]], limit: _CorruptionLimit) -> None:
+        self._names = [str(data_dir / shard["file"]) for shard in shards]
+        self._counts = [int(shard["records"]) for shard in shards]
+        self._limit = limit
+        for name, shard in zip(self._names, shards, strict=True):
+            size = Path(name).stat().st_size if Path(name).is_file() else None
+            if size != shard["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                raise DataError(f"{name} {state}; {_REBUILD}")
+        self._records = ArrayRecordDataSource(self._names)
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __getitem__(self, index: int) -> TeacherRecord | None:
+        try:
+            return decode_record(self._records[index])
+        except (CorruptRecord, RuntimeError, ValueError) as error:  # damaged content, damaged container
+            shard, within = self._locate(index)
+            self._limit.report(shard, within, error)
+            return None
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        for name, count in zip(self._names, self._counts, strict=True):
+            if index < count:
+                return name, index
+            index -= count
+        raise IndexError(index)
+
+
+def _sources(data_dir: str | Path, split: str, max_corrupt_share: float) -> dict[str, _SliceSource]:
+    manifest = read_manifest(data_dir)
+    if split not in manifest["splits"]:
+        raise DataError(f"{data_dir} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+    slices = manifest["splits"][split]["slices"]
+    total = sum(shard["records"] for entry in slices.values() for shard in entry["shards"])
+    if not total:
+        raise DataError(f"split {split!r} of {data_dir} is empty; {_REBUILD}")
+    limit = _CorruptionLimit(total, max_corrupt_share)
+    return {name: _SliceSource(Path(data_dir), entry["shards"], limit) for name, entry in sorted(slices.items())}
+
+
+def _dataset(
+    data_dir: str | Path,
+    split: str,
+    seed: int,
+    slice_weights: Mapping[str, float] | None,
+    repeat: bool,
+    max_corrupt_share: float,
+) -> grain.IterDataset:
+    sources = _sources(data_dir, split, max_corrupt_share)
+    weights = dict.fromkeys(sources, 1.0) if slice_weights is None else dict(slice_weights)
+    unknown = sorted(set(weights) - set(sources))
+    if unknown:
+        raise DataError(f"slice_weights names {', '.join(unknown)}; {split} has {', '.join(sources)}")
+    if any(not 0 <= weight < float("inf") for weight in weights.values()) or not sum(weights.values()) > 0:
+        raise DataError(f"slice_weights is {weights}; every weight must be at least 0 and one more than 0")
+    used = [name for name in sources if weights.get(name, 0) > 0]
+    parts = [grain.MapDataset.source(sources[name]).seed(seed).shuffle() for name in used]
+    if not repeat:
+        # One pass over everything: slices in proportion to their sizes, since a mix ends with its shortest part.
+        return grain.MapDataset.concatenate(parts).seed(seed).shuffle().to_iter_dataset(_READ)
+    mixed = grain.MapDataset.mix([part.repeat() for part in parts], weights=[weights[name] for name in used])
+    return mixed.to_iter_dataset(_READ)
+
+
+def make_stream(
+    data_dir: str | Path,
+    split: str,
+    *,
+    seed: int,
+    slice_weights: Mapping[str, float] | None = None,
+    repeat: bool = True,
+    max_corrupt_share: float = MAX_CORRUPT_SHARE,
+) -> grain.DatasetIterator:
+    """An iterator of `TeacherRecord`s with `get_state()` and `set_state(state)`; endless if `repeat`.
+
+    Slices are mixed by `slice_weights` (default: all alike; an unnamed slice then weighs 0), each shuffled anew every
+    epoch. Equal arguments give equal sequences. Unreadable records are skipped and logged with shard and index;
+    more than `max_corrupt_share` of them raise DataError, as do a missing or foreign manifest and unknown slices.
+    """
+    return iter(_dataset(data_dir, split, seed, slice_weights, repeat, max_corrupt_share))
+
+
+def make_loader(
+    data_dir: str | Path,
+    split: str,
+    *,
+    seed: int,
+    batch_size: int,
+    slice_weights: Mapping[str, float] | None = None,
+    repeat: bool = True,
+    max_corrupt_share: float = MAX_CORRUPT_SHARE,
+) -> grain.DatasetIterator:
+    """Like `make_stream`, in lists of `batch_size` records (the last one of a single pass may be shorter)."""
+    records = _dataset(data_dir, split, seed, slice_weights, repeat, max_corrupt_share)
+    return iter(records.batch(batch_size, batch_fn=list))
+
+
+def read_split(
+    data_dir: str | Path, split: str, *, max_corrupt_share: float = MAX_CORRUPT_SHARE
+) -> list[TeacherRecord]:
+    """All readable records of a split, in an order that mixes slices and rules and never changes."""
+    sources = _sources(data_dir, split, max_corrupt_share)
+    records = [record for source in sources.values() for i in range(len(source)) if (record := source[i]) is not None]
+    return sorted(records, key=lambda record: hashlib.sha256(record.task.task_id.encode()).digest())
+
+
+def verify(data_dir: str | Path) -> None:
+    """Compares every file of a data set with the manifest's SHA-256; DataError naming the first that differs."""
+    manifest = read_manifest(data_dir)
+    shards = [
+        shard
+        for split in manifest["splits"].values()
+        for entry in split["slices"].values()
+        for shard in entry["shards"]
+    ]
+    for entry in [*shards, *manifest["raw"]]:
+        path = Path(data_dir) / entry["file"]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            raise DataError(f"{path} is missing or differs from the manifest; {_REBUILD}")

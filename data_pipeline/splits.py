@@ -1,0 +1,30 @@
+"""Which rules are trained on and which are held out. A rule belongs to one split as a whole."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from data_pipeline.tasks.rule import Rule
+
+SPLITS = ("train", "dev", "test")
+
+
+def split_rules(rules: Sequence[Rule], seed: int) -> dict[str, tuple[Rule, ...]]:
+    """Rules by split, drawn by `seed`.
+
+    Of every (language, kind) group of two rules or more one rule goes to test, of four or more another to dev, so
+    that every held-out rule asks for a kind of edit that some training rule of its language also asks for.
+    """
+    groups: dict[tuple[str, str], list[Rule]] = defaultdict(list)
+    for rule in rules:
+        groups[rule.language, rule.kind].append(rule)
+    drawn: dict[str, list[Rule]] = {split: [] for split in SPLITS}
+    for (language, kind), group in sorted(groups.items()):
+        order = sorted(group, key=lambda rule: rule.name)
+        random.Random(f"{seed}/{language}/{kind}").shuffle(order)
+        test = 1 if len(order) >= 2 else 0
+        dev = 1 if len(order) >= 4 else 0
+        drawn["test"] += order[:test]
+        drawn["dev"] += order[test : test + dev]
+        drawn["train"] += order[test + dev :]
+    return {split: tuple(sorted(drawn[split], key=lambda rule: rule.name)) for split in SPLITS}

@@ -1,0 +1,1 @@
+"""Task sources: the rule catalogue, generated repositories and real code."""

@@ -1,0 +1,23 @@
+"""The catalogue: every rewrite rule the project knows, by language and theme."""
+
+from data_pipeline.tasks import (
+    javascript_calls,
+    javascript_idioms,
+    python_calls,
+    python_cleanup,
+    python_idioms,
+)
+from data_pipeline.tasks.rule import Rule
+
+CATALOGUE: tuple[Rule, ...] = (
+    *python_calls.RULES,
+    *python_idioms.RULES,
+    *python_cleanup.RULES,
+    *javascript_calls.RULES,
+    *javascript_idioms.RULES,
+)
+
+
+def rule_named(name: str) -> Rule:
+    """The rule called `name`. KeyError when the catalogue has none."""
+    return {rule.name: rule for rule in CATALOGUE}[name]

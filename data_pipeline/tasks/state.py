@@ -1,0 +1,59 @@
+"""The planner's state before a task, and what follows from it.
+
+The state after a step is the state before it, moved on: the step's decision is added, its constraint is added, the
+issue about the edited file is closed, and the first item of the plan is done. So the update can be derived from the
+prompt, which shows the prior state, and from the rewrite.
+"""
+
+import random
+
+from srl_jax.trace import StateUpdate
+
+_CONSTRAINTS = (
+    "keep public names",
+    "no new imports",
+    "small diff",
+    "same behaviour elsewhere",
+    "tests stay as they are",
+    "no new dependencies",
+    "keep line order",
+    "no comments removed",
+)
+_DECISIONS = ("one rule per step", "work file by file", "no manual edits", "start with callers")
+_ISSUES = ("docs lag behind", "changelog is empty", "version not bumped", "examples are old", "types unchecked")
+_PLANS = (
+    "run the tests",
+    "review the diff",
+    "update the changelog",
+    "format the code",
+    "check the docs",
+    "bump the version",
+)
+
+
+def issue_about(path: str) -> str:
+    """The open issue that an edit of `path` closes."""
+    return f"{path} is outdated"
+
+
+def draw_prior(rng: random.Random, path: str) -> StateUpdate:
+    """A state in which editing `path` is the next thing to do."""
+    issues = [issue_about(path)] if rng.random() < 0.5 else []
+    if rng.random() < 0.35:
+        issues.append(rng.choice(_ISSUES))
+    return StateUpdate(
+        decisions=(rng.choice(_DECISIONS),) if rng.random() < 0.25 else (),
+        constraints=(rng.choice(_CONSTRAINTS),),
+        open_issues=tuple(issues),
+        next_focus=(f"edit {path}", rng.choice(_PLANS)),
+    )
+
+
+def advance(prior: StateUpdate, *, path: str, decision: str, keep: str) -> StateUpdate:
+    """The state after a step that edited `path`, took `decision` and must respect `keep`."""
+    return StateUpdate(
+        decisions=(*prior.decisions, decision),
+        constraints=(*prior.constraints, keep),
+        open_issues=tuple(issue for issue in prior.open_issues if issue != issue_about(path)),
+        next_focus=tuple(item for item in prior.next_focus if item != f"edit {path}"),
+    )

@@ -1,0 +1,70 @@
+"""Whether a teacher's step may be learnt from: strict parse, sandbox execution, and the oracle on the diff.
+
+Nothing is repaired: a step that fails is dropped and its reason counted.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from data_pipeline.tasks.rule import Draft
+from srl_jax.sandbox.engine import Status
+from srl_jax.sandbox.runner import Sandbox
+from srl_jax.trace import Trace, TraceError, parse_trace, render_trace
+
+
+class Drop(StrEnum):
+    """Why a step is not kept. Malformed traces are counted as ``malformed:<rejection>``, failed actions as
+    ``action:<status>``."""
+
+    MALFORMED = "malformed"
+    NOT_CANONICAL = "not_canonical"
+    ACTION = "action"
+    WRONG_DIFF = "wrong_diff"
+    PASSED_BEFORE = "tests_passed_before"
+    BROKEN_BEFORE = "tests_did_not_run_before"
+    FAILED_AFTER = "tests_failed_after"
+    DUPLICATE = "duplicate"
+    LOW_QUALITY = "low_quality"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A checked step: `reason` is None when it is kept, else a `Drop`, with the detail after a colon."""
+
+    reason: str | None
+    trace: Trace | None = None
+    env_report: dict[str, Any] | None = None
+
+
+def stable_report(report: dict[str, Any]) -> dict[str, Any]:
+    """`report` without times and test output, which differ from run to run: the same seed gives the same bytes."""
+    return {**report, "duration_s": 0.0, "test_output": ""}
+
+
+def validate(draft: Draft, text: str, sandbox: Sandbox) -> Verdict:
+    """Parses `text`, executes its action on the task's files and compares diff and tests with what must happen."""
+    task = draft.task
+    try:
+        trace = parse_trace(text)
+    except TraceError as error:
+        return Verdict(f"{Drop.MALFORMED}:{error.rejection}")
+    if render_trace(trace) != text:
+        return Verdict(Drop.NOT_CANONICAL, trace)
+    files = {file.path: file.text for file in task.files}
+    if task.tests is not None:
+        outcome = sandbox.run_tests(files, task.tests)
+        if outcome.satisfies(task.tests.expected_ids):
+            return Verdict(Drop.PASSED_BEFORE, trace)
+        if outcome.ended != "finished":
+            return Verdict(f"{Drop.BROKEN_BEFORE}:{outcome.ended}", trace)
+    expected = {file.path: file.text for file in task.expected}
+    report = sandbox.execute(trace.action, files, tests=task.tests, expected=expected)
+    plain = stable_report(report.to_dict())
+    if report.status is not Status.OK:
+        return Verdict(f"{Drop.ACTION}:{report.status}", trace, plain)
+    if not report.expected_diff:
+        return Verdict(Drop.WRONG_DIFF, trace, plain)
+    if not report.success:
+        return Verdict(Drop.FAILED_AFTER, trace, plain)
+    return Verdict(None, trace, plain)

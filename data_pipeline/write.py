@@ -1,0 +1,101 @@
+"""Data set on disk: ArrayRecord shards, raw teacher output, and a manifest that is written last.
+
+Everything is built in a folder beside the target and moved into place in one step. A folder without a manifest is
+not a data set, so an interrupted run leaves nothing that could be mistaken for one.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from array_record.python import array_record_module
+
+from data_pipeline.errors import DataError
+from srl_jax.records import TeacherRecord, encode_record
+
+MANIFEST = "manifest.json"
+FORMAT = "srl-dataset/1"
+
+
+def begin(target: Path) -> Path:
+    """An empty folder beside `target` to build in. DataError if `target` holds something that is not a data set."""
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target} is a file; give a folder with --out")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise DataError(f"{target} is not empty and holds no data set; give another --out or remove it")
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest and puts `partial` in the place of `target`."""
+    write_bytes(partial / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    old = target.with_name(target.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync_folder(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_shards(
+    folder: Path, slice_name: str, records: Sequence[TeacherRecord], per_shard: int
+) -> list[dict[str, Any]]:
+    """Writes `records` as ``<slice>-0000i-of-0000N.arrayrecord`` and returns the manifest's entries for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = max(1, -(-len(records) // per_shard))
+    entries = []
+    for index in range(count):
+        part = records[index * per_shard : (index + 1) * per_shard]
+        path = folder / f"{slice_name.replace('/', '-')}-{index:05d}-of-{count:05d}.arrayrecord"
+        # One record a group: random access reads nothing else, and a damaged record costs only itself.
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for record in part:
+            writer.write(encode_record(record))
+        writer.close()
+        _sync_file(path)
+        entries.append({**file_entry(path, folder.parent), "records": len(part)})
+    return entries
+
+
+def write_raw(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Compressed JSON lines without a time stamp, so that equal lines give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
+def file_entry(path: Path, root: Path) -> dict[str, Any]:
+    """A file's name relative to `root`, its size and its SHA-256."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` and waits until it is on disk."""
+    path.write_bytes(data)
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
