@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from srl_jax import checkpoint
 from srl_jax.checkpoint import Checkpointer, CheckpointError, CheckpointMeta, CheckpointMismatch
 
+ROOT = Path(__file__).parents[1]
 META = CheckpointMeta(config="c0", tokenizer="t0", base_weights="w0", schema="s0", reward="r0")
 ITERATOR = {"next_index": 7, "parents": [{"seed": 3}]}
 
@@ -241,7 +242,9 @@ def restore_one(directory: Path) -> tuple[int, bytes]:
 
 def test_sigkill_during_a_save_leaves_the_one_before(tmp_path):
     directory = tmp_path / "c"
-    process = subprocess.Popen(child_command(directory, 1, [1000, 20_000_000]), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        child_command(directory, 1, [1000, 20_000_000]), stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     deadline = time.monotonic() + 120
     while not (partial := list(directory.glob("2.orbax-checkpoint-tmp*"))) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -271,7 +274,12 @@ def test_refused_write_is_one_error_and_the_earlier_checkpoint_stays(tmp_path):
     # The compilation cache is off: its own files would run into the limit as well.
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     result = subprocess.run(
-        [sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=240, env=environment
+        [sys.executable, "-c", limited, *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment,
     )
     assert_earlier_checkpoint_survives(result.stdout, directory, "File too large")
 
@@ -294,6 +302,7 @@ def test_full_disk_is_one_error_and_the_earlier_checkpoint_stays(tmp_path):
         capture_output=True,
         text=True,
         timeout=240,
+        cwd=ROOT,
     )
     assert_earlier_checkpoint_survives(
         result.stdout, directory, "the disk is full; free space or lower config.checkpoint.keep"
