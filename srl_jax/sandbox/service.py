@@ -25,6 +25,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from srl_jax.embedding import cosine
 from srl_jax.records import Task, TeacherRecord
 from srl_jax.rewards import DEFAULT_CONFIG, Reward, RewardConfig, score_trace
 from srl_jax.sandbox.engine import Status
@@ -135,7 +136,6 @@ class RewardService:
         self.config = config or ServiceConfig()
         self._embedder, self._count_tokens, self._reward, self._sandbox = embedder, count_tokens, reward, sandbox
         self._teachers: _Cache[_Teacher] = _Cache(self.config.cache_entries)
-        self._cosines: _Cache[float] = _Cache(self.config.cache_entries)
         self._reports: _Cache[Future[EnvReport]] = _Cache(self.config.cache_entries)
         self._pending = threading.BoundedSemaphore(self.config.max_pending_batches)
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="reward-batch")
@@ -185,16 +185,16 @@ class RewardService:
             self._start(student.action, item.record.task, deadline) if student else None
             for item, student in zip(items, students, strict=True)
         ]
-        cosines = self._embed(items, students, teachers)
+        cosines = self._cosines(items, students, teachers)
         scores = []
-        for item, teacher, cosine, execution in zip(items, teachers, cosines, executions, strict=True):
+        for item, teacher, likeness, execution in zip(items, teachers, cosines, executions, strict=True):
             report, trouble = _await(execution, deadline)
             reward: Reward | None = None
             if trouble is None or self._reward.execution == 0:
                 reward = score_trace(
                     item.completion,
                     teacher.trace,
-                    cosine=cosine,
+                    cosine=likeness,
                     student_tokens=self._count_tokens,
                     teacher_tokens=teacher.tokens,
                     config=self._reward,
@@ -221,26 +221,26 @@ class RewardService:
             self._teachers.put(record.trace, teacher)
         return teacher
 
-    def _embed(
+    def _cosines(
         self, items: Sequence[ScoreRequest], students: Sequence[Trace | None], teachers: Sequence[_Teacher]
     ) -> list[float]:
-        """Cosine of each student's think with its teacher's stored embedding; 0 for malformed ones, which use none."""
-        keys: list[tuple[str, str] | None] = [
-            (student.think, teacher.trace.think) if student and student.think != teacher.trace.think else None
+        """Of each student's think with its teacher's stored embedding; 1 for equal texts, 0 for malformed ones."""
+        differing = [
+            student.think
             for student, teacher in zip(students, teachers, strict=True)
+            if student and student.think != teacher.trace.think
         ]
-        cosines = [None if key is None else self._cosines.get(key) for key in keys]
-        wanted = [i for i, key in enumerate(keys) if key is not None and cosines[i] is None]
-        texts = sorted({key[0] for i in wanted if (key := keys[i]) is not None})
-        if texts:
-            rows = dict(zip(texts, self._embedder.embed(texts), strict=True))
-            for i in wanted:
-                key = keys[i]
-                assert key is not None
-                cosine = float(np.dot(rows[key[0]], items[i].record.think_embedding))
-                cosines[i] = cosine
-                self._cosines.put(key, cosine)
-        return [0.0 if cosine is None else cosine for cosine in cosines]
+        texts = sorted(set(differing))
+        rows = dict(zip(texts, self._embedder.embed(texts), strict=True)) if texts else {}
+        cosines = []
+        for item, student in zip(items, students, strict=True):
+            if student is None:
+                cosines.append(0.0)
+            elif (row := rows.get(student.think)) is None:
+                cosines.append(1.0)
+            else:
+                cosines.append(cosine(row, item.record.think_embedding))
+        return cosines
 
     def _start(self, action: Action, task: Task, deadline: float) -> Future[EnvReport] | None:
         """The execution of this action on this task: under way or done already, or started now."""
