@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from srl_jax.trace import STOP, TAGS, StateUpdate, render_state
+from srl_jax.trace import STOP, TAGS, Action, StateUpdate, Trace, render_state, render_trace
 
 if TYPE_CHECKING:
     from srl_jax.records import Task
@@ -93,20 +93,24 @@ class Tokenizer:
         """Ids of trusted text: tags become tag ids (when atomic), the rest is literal text."""
         if not self.tag_ids:
             return self.encode_text(text)
-        pieces = (Special(part) if part in TAGS else part for part in _TAG_PATTERN.split(text))
-        return self.encode_pieces(pieces)
+        return self.encode_pieces(_with_tags(text))
 
     def encode_trace(self, trace_text: str) -> list[int]:
         """Ids of a canonical trace, `<think>` first and `</state_update>` last.
 
         Raises:
-          ValueError: when the text does not start and end with those tags.
+          ValueError: when the text does not start and end with those tags, or holds characters that this vocabulary
+            cannot spell (SmolLM2 has no tokens for six control characters and for
+            the bytes 0xF1 and 0xF2; its encoder drops what needs them).
         """
         if not (trace_text.startswith(TAGS[0]) and trace_text.endswith(STOP)):
             raise ValueError(
                 f"a canonical trace starts with {TAGS[0]} and ends with {STOP}: {trace_text[:80]!r}"
             )
-        return self.encode(trace_text)
+        ids = self.encode(trace_text)
+        if self.decode(ids) != trace_text:
+            raise ValueError(f"this vocabulary cannot spell the trace {trace_text[:200]!r}")
+        return ids
 
     def encode_pieces(self, pieces: Iterable[str | Special]) -> list[int]:
         """Ids of a mix of literal text and special tokens; neighbouring texts are joined before encoding.
@@ -189,7 +193,7 @@ def _bytes_of_tokens(spec: dict, size: int, hidden: set[int]) -> list[bytes | No
 
 def _check_lossless(tokenizer: Tokenizer) -> None:
     """Refuse tokenizers whose ids do not spell the exact bytes of the text (added spaces, unknown tokens)."""
-    probe = 'def f(x):\n    return {"naïve": x[0] - 12}  # 🙂 <b>\\d+$</b>\ttab\n'
+    probe = 'def F(x):\n    return {"naïve": x[0] - 12}  # 🙂 <b>\\d+$</b>\ttab\n'
     spelled = tokenizer.decode(tokenizer.encode_text(probe))
     if spelled != probe:
         raise TokenizerError(
@@ -293,65 +297,55 @@ def _load_gguf(path: Path, atomic_tags: bool) -> Tokenizer:
 # ------------------------------------------------------------------------------------------------------ prompts
 
 _SYSTEM = (
-    "Rewrite code with one ast-grep rule. Answer with <think>why</think>, <action>JSON</action> and "
-    "<state_update>JSON</state_update>. In a pattern, $X stands for one node, $$$ARGS for any number."
+    "Write one ast-grep rule: <think>why</think> <action>JSON</action> <state_update>JSON</state_update>. "
+    "$X matches one node, $$$ARGS many."
 )
 
 
 @dataclass(frozen=True)
 class _Example:
-    instruction: str
+    """What differs between the worked examples: names as the language spells them."""
+
     path: str
+    old: str
+    new: str
     code: str
-    think: str
-    action: str
-    state: str
 
 
 _EXAMPLES = {
-    "python": _Example(
-        "Replace fetch_all by load_rows.",
-        "src/db.py",
-        "rows = fetch_all(table)",
-        "Calls of fetch_all take one argument; keep it.",
-        '{"language":"python","pattern":"fetch_all($X)","replacement":"load_rows($X)","files":["src/db.py"]}',
-        '{"decisions":["fetch_all -> load_rows"],"constraints":[],"open_issues":[],"next_focus":["run tests"]}',
-    ),
-    "javascript": _Example(
-        "Replace fetchAll by loadRows.",
-        "src/db.js",
-        "const rows = fetchAll(table);",
-        "Calls of fetchAll take one argument; keep it.",
-        '{"language":"javascript","pattern":"fetchAll($X)","replacement":"loadRows($X)","files":["src/db.js"]}',
-        '{"decisions":["fetchAll -> loadRows"],"constraints":[],"open_issues":[],"next_focus":["run tests"]}',
-    ),
-    "java": _Example(
-        "Replace fetchAll by loadRows.",
-        "src/Db.java",
-        "Rows rows = fetchAll(table);",
-        "Calls of fetchAll take one argument; keep it.",
-        '{"language":"java","pattern":"fetchAll($X)","replacement":"loadRows($X)","files":["src/Db.java"]}',
-        '{"decisions":["fetchAll -> loadRows"],"constraints":[],"open_issues":[],"next_focus":["run tests"]}',
-    ),
+    "python": _Example("db.py", "get_row", "load_row", "row = get_row(key)"),
+    "javascript": _Example("db.js", "getRow", "loadRow", "row = getRow(key);"),
+    "typescript": _Example("db.ts", "getRow", "loadRow", "row = getRow(key);"),
+    "tsx": _Example("db.tsx", "getRow", "loadRow", "row = getRow(key);"),
+    "java": _Example("Db.java", "getRow", "loadRow", "row = getRow(key);"),
 }
 
 
-def _example_for(language: str) -> _Example:
-    if language in _EXAMPLES:
-        return _EXAMPLES[language]
-    script = _EXAMPLES["javascript"]
-    suffix = {"typescript": "ts", "tsx": "tsx"}.get(language)
-    if suffix is None:
-        raise ValueError(
-            f"no prompt example for language {language!r}; known: {sorted(_EXAMPLES)}, typescript, tsx"
-        )
-    action = script.action.replace('"javascript"', f'"{language}"').replace("db.js", f"db.{suffix}")
-    return _Example(script.instruction, f"src/db.{suffix}", script.code, script.think, action, script.state)
+def _worked_example(language: str) -> tuple[str, list[str | Special]]:
+    """The request and the answer of the one example, which moves the state on as every step should."""
+    if language not in _EXAMPLES:
+        raise ValueError(f"no prompt example for language {language!r}; known: {', '.join(_EXAMPLES)}")
+    example = _EXAMPLES[language]
+    path, old, new = example.path, example.old, example.new
+    before = StateUpdate((), (), (), (f"edit {path}", "run tests"))
+    after = StateUpdate((f"rename {old} to {new}",), (), (), ("run tests",))
+    action = Action(language, f"{old}($X)", f"{new}($X)", (path,))
+    think = f"{old} became {new}; keep the argument."
+    answer = render_trace(Trace(think, action, after))
+    request = _request(language, f"Rename `{old}` to `{new}`", before, [(path, example.code)])
+    return request, _with_tags(answer)
 
 
-def _request(language: str, instruction: str, state: str, files: Iterable[tuple[str, str]]) -> str:
+def _with_tags(text: str) -> list[str | Special]:
+    """Trusted text with its tags as special tokens."""
+    return [Special(part) if part in TAGS else part for part in _TAG_PATTERN.split(text)]
+
+
+def _request(language: str, instruction: str, state: StateUpdate, files: Iterable[tuple[str, str]]) -> str:
     shown = "".join(f"\n{path}:\n{text.strip(chr(10))}" for path, text in files)
-    return f"Task ({language}): {instruction.strip()}\nState: {state}{shown}"
+    filled = {name: items for name, items in json.loads(render_state(state)).items() if items}
+    state_json = json.dumps(filled, ensure_ascii=False, separators=(",", ":"))
+    return f"Task ({language}): {instruction.strip()}\nState: {state_json}{shown}"
 
 
 def prompt_pieces(task: Task, *, few_shot: int = 1, chat: bool = True) -> list[str | Special]:
@@ -364,29 +358,12 @@ def prompt_pieces(task: Task, *, few_shot: int = 1, chat: bool = True) -> list[s
             return [Special("<|im_start|>"), f"{role}\n", *content, Special("<|im_end|>"), "\n"]
         return [f"{role.capitalize()}: ", *content, "\n\n"]
 
-    pieces = turn(
-        "system", *(Special(part) if part in TAGS else part for part in _TAG_PATTERN.split(_SYSTEM))
-    )
+    pieces = turn("system", *_with_tags(_SYSTEM))
     if few_shot:
-        shot = _example_for(task.language)
-        pieces += turn("user", _request(task.language, shot.instruction, "{}", [(shot.path, shot.code)]))
-        think, end_think, action, end_action, state, end_state = map(Special, TAGS)
-        answer = (
-            think,
-            shot.think,
-            end_think,
-            "\n",
-            action,
-            shot.action,
-            end_action,
-            "\n",
-            state,
-            shot.state,
-        )
-        pieces += turn("assistant", *answer, end_state)
-    prior = "{}" if task.prior_state == StateUpdate.empty() else render_state(task.prior_state)
+        request, answer = _worked_example(task.language)
+        pieces += turn("user", request) + turn("assistant", *answer)
     files = [(file.path, file.text) for file in task.context]
-    pieces += turn("user", _request(task.language, task.instruction, prior, files))
+    pieces += turn("user", _request(task.language, task.instruction, task.prior_state, files))
     return pieces + ([Special("<|im_start|>"), "assistant\n"] if chat else ["Assistant: "])
 
 
