@@ -10,6 +10,7 @@ name is known to have that prefix, not which. The distance counts the worst of t
 always kept: from every state some allowed token leads to a state of smaller distance.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -43,7 +44,8 @@ MAX_TOKEN_BYTES = 127
 class TokenTables:
     """What `grammar.TokenAutomaton` holds, as numpy. S states (0 dead), C classes (0 forbidden), E effects.
 
-    class_of_token int16 [V]; token_bytes uint8 [V]; next_state int16 [S, C];
+    Tokens of one class and one length in bytes are one kind (K kinds): kind_of_token int16 [V];
+    class_of_kind int16 [K], bytes_of_kind uint8 [K]; next_state int16 [S, C];
     effect uint8 [R, C] for the R different rows of effects, effect_row int16 [S];
     effects int32 [E, 5]: the fields of `grammar_dfa.Effect`;
     distance_to_end, distance_to_think_end int16 [S]; in_think, string, list: of `Place`, per state;
@@ -52,8 +54,9 @@ class TokenTables:
     json_cap: bytes of JSON from which only the shortest way out is left.
     """
 
-    class_of_token: np.ndarray
-    token_bytes: np.ndarray
+    kind_of_token: np.ndarray
+    class_of_kind: np.ndarray
+    bytes_of_kind: np.ndarray
     next_state: np.ndarray
     effect_row: np.ndarray
     effect: np.ndarray
@@ -87,19 +90,19 @@ class TokenTables:
         try:
             with np.load(path) as stored:
                 return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
-        except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 
 
-def trace_tables(tokenizer: Tokenizer, config: GrammarConfig, cache_dir: Path | None) -> TokenTables:
+def trace_tables(tokenizer: Tokenizer, config: GrammarConfig, cache_dir: Path) -> TokenTables:
     """The tables of the trace grammar for `tokenizer`, from `cache_dir` when they are there."""
     parts = (GRAMMAR_VERSION, tokenizer.fingerprint, astuple(config))
-    path = cache_dir and cache_dir / f"grammar-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.npz"
-    tables = path and TokenTables.load(path)
+    path = cache_dir / f"grammar-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.npz"
+    tables = TokenTables.load(path)
     if tables is None:
         automaton = build_trace_automaton(config, atomic_tags=bool(tokenizer.tag_ids))
         tables = compile_tokens(automaton, token_symbols(tokenizer), tokenizer.eos_id)
-        if path:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start a second
             tables.save(path)
     return tables
 
@@ -155,6 +158,9 @@ def compile_tokens(
     string = np.array([place.string for place in places])
     need = solver.string_need(distance, string, least_bytes)
 
+    sizes = np.stack([classes, np.minimum(token_bytes, 255)], axis=1)
+    # A forbidden token of no bytes goes first, so that kind 0 is the forbidden one in every vocabulary.
+    kinds, kind_of_token = np.unique(np.concatenate([[[0, 0]], sizes]), axis=0, return_inverse=True)
     rows, effect_row = np.unique(effect, axis=0, return_inverse=True)
     outside = distance[(distance < UNREACHABLE) & ~in_think].max()
     json_cap = json_limit - int(token_bytes.max()) * (int(outside) + 2)
@@ -163,8 +169,9 @@ def compile_tokens(
             f"tokens of {token_bytes.max()} bytes leave no room under the limit of the JSON blocks"
         )
     return TokenTables(
-        class_of_token=classes.astype(np.int16),
-        token_bytes=np.minimum(token_bytes, 255).astype(np.uint8),
+        kind_of_token=kind_of_token.ravel()[1:].astype(np.int16),
+        class_of_kind=kinds[:, 0].astype(np.int16),
+        bytes_of_kind=kinds[:, 1].astype(np.uint8),
         next_state=next_state.astype(np.int16),
         effect_row=effect_row.ravel().astype(np.int16),
         effect=rows.astype(np.uint8 if len(effects) < 256 else np.int16),
@@ -310,14 +317,12 @@ class _Solver:
         result = np.where(self.certain & allowed, values, UNREACHABLE).min(axis=1)
         for state, names in self.games:
             usable = self.safe[state] & allowed[state]
-            result[state] = max(
-                np.where(
-                    usable & ((self.needs[state] == 0) | (self.needs[state] & name != 0)),
-                    values[state],
-                    UNREACHABLE,
-                ).min()
+            needs = self.needs[state]
+            outcomes = [
+                np.where(usable & ((needs == 0) | (needs & name != 0)), values[state], UNREACHABLE).min()
                 for name in names
-            )
+            ]
+            result[state] = max(outcomes)
         return result
 
     def _solve(self, cost: np.ndarray, final: np.ndarray, allowed: np.ndarray) -> np.ndarray:
