@@ -129,6 +129,7 @@ class TestStatuses:
         assert result.status is Status.OK
         assert result.files_after == {**FILES, "src/a.py": "log('ü')\nlog(1)\n"}
         assert result.matches == {"src/a.py": 2}
+        assert result.places == {("src/a.py", 0, 11), ("src/a.py", 12, 20)}  # bytes: the ü is two
         assert result.diff.splitlines()[:2] == ["--- a/src/a.py", "+++ b/src/a.py"]
 
     @pytest.mark.parametrize(

@@ -191,6 +191,50 @@ class TestUnittestRunner:
         assert not outcome.satisfies(["test_x.T.test_a"])
 
 
+class TestPytestRunner:
+    def run(self, sandbox, body, **more):
+        files = {"tests/test_x.py": "import pytest\n" + body, **more}
+        return sandbox.run_tests(files, TestSpec("pytest", (), ("tests/test_x.py",)))
+
+    def test_every_outcome_is_told_apart(self, sandbox):
+        outcome = self.run(
+            sandbox,
+            "from pkg import value\n"
+            "@pytest.fixture\ndef broken(): yield 1; 1 / 0\n"
+            "@pytest.mark.parametrize('x', [1, 2])\ndef test_p(x): assert x == 1\n"
+            "def test_ok(tmp_path, shared): (tmp_path / 'x').write_text('x'); assert shared == value\n"
+            "def test_teardown(broken): pass\n"
+            "def test_setup(missing): pass\n"
+            "def test_skip(): pytest.skip('x')\n"
+            "@pytest.mark.xfail\ndef test_xfail(): assert 0\n"
+            "@pytest.mark.xfail\ndef test_xpass(): pass\n",
+            **{
+                "pkg.py": "value = 7\n",
+                "tests/conftest.py": "import pytest\n@pytest.fixture\ndef shared(): return 7\n",
+            },
+        )
+        at = "tests/test_x.py::test_"
+        assert outcome.ended == "finished", outcome.output
+        assert outcome.passed == (f"{at}ok", f"{at}p[1]")
+        assert outcome.failed == (f"{at}p[2]", f"{at}setup", f"{at}teardown")
+        assert outcome.skipped == (f"{at}skip", f"{at}xfail", f"{at}xpass")
+
+    @pytest.mark.parametrize(
+        ("body", "more"),
+        [
+            ("import os\nos._exit(0)\n", {}),
+            ("raise SystemExit(0)\n", {}),
+            ("pytest.exit('done', 0)\n", {}),
+            ("pytest.skip('no', allow_module_level=True)\n", {}),
+            ("def test_a(): pass\n", {"pytest.ini": "[pytest]\naddopts = --deselect tests/test_x.py::test_a\n"}),
+            ("def test_a(): pass\n", {"pytest.ini": "[pytest]\naddopts = --collect-only\n"}),
+            ("def test_a(): pass\n", {"conftest.py": "import os\nos._exit(0)\n"}),
+        ],
+    )
+    def test_games_pass_nothing(self, sandbox, body, more):
+        assert not self.run(sandbox, body, **more).satisfies(["tests/test_x.py::test_a"])
+
+
 @needs_node
 class TestNodeRunner:
     FILES = (
@@ -235,7 +279,7 @@ class TestNodeRunner:
         find = shutil.which
         monkeypatch.setattr(shutil, "which", lambda name: None if name == "node" else find(name))
         with Sandbox() as bare:
-            assert bare.runners == {"unittest"}
+            assert "node" not in bare.runners
             with pytest.raises(RunnerUnavailable, match="node"):
                 bare.run_tests(dict(self.FILES), self.SPEC)
             assert bare.execute(RIGHT, FILES, tests=SPEC).success

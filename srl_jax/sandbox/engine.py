@@ -49,13 +49,17 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class EngineResult:
-    """`files_after` is the whole repository, unchanged unless the status is OK; `matches` counts per file."""
+    """`files_after` is the whole repository, unchanged unless the status is OK; `matches` counts per file.
+
+    `places` are the (path, start, end) byte ranges that were or would have been rewritten, for `match_set_f1`.
+    """
 
     status: Status
     files_after: Mapping[str, str]
     detail: str = ""
     matches: Mapping[str, int] = field(default_factory=dict)
     overlaps: int = 0
+    places: frozenset[tuple[str, int, int]] = frozenset()
     diff: str = ""
 
 
@@ -179,7 +183,11 @@ def apply_action(
     if answer["status"] != "ok":
         return stop(Status(answer["status"]), answer["detail"])
 
-    counts = {"matches": answer["matches"], "overlaps": answer["overlaps"]}
+    counts = {
+        "matches": answer["matches"],
+        "overlaps": answer["overlaps"],
+        "places": frozenset((path, start, end) for path, edits in answer["edits"].items() for start, end, _ in edits),
+    }
     total = sum(answer["matches"].values())
     if total == 0:
         return stop(Status.NO_MATCH, f"no match in {len(targets)} files")

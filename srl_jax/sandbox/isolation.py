@@ -187,17 +187,17 @@ class Jail:
                 options += ["--symlink", str(path.readlink()), str(path)]
             elif path.is_dir():
                 options += ["--ro-bind", str(path), str(path)]
-        options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-        for bind in (*self.toolchain.binds, *binds):
-            options += ["--ro-bind", str(bind.source), str(bind.target)]
         options += [
+            "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
             "--proc", "/proc", "--dev", "/dev",
             "--size", str(limits.tmp_bytes), "--tmpfs", "/dev/shm",
             "--perms", "0700", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp",
             "--chdir", "/tmp",
-            "--seccomp", memory.add(seccomp.filter_program()),
         ]  # fmt: skip
-        return options
+        # After the file systems above, below which a tool's original place may lie.
+        for bind in (*self.toolchain.binds, *binds):
+            options += ["--ro-bind", str(bind.source), str(bind.target)]
+        return [*options, "--seccomp", memory.add(seccomp.filter_program())]
 
 
 class _MemoryFiles:

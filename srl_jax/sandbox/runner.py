@@ -42,11 +42,11 @@ PROTECTED = (
     "**/package.json", "**/package-lock.json", "**/*.config.js", "**/*.config.mjs", "**/*.config.cjs", "**/*.config.ts",
 )  # fmt: skip
 
-_TEST_SUFFIXES = {"unittest": (".py",), "node": (".js", ".mjs", ".cjs")}
+_TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs")}
 
 
 class RunnerUnavailable(SandboxUnavailable):
-    """The machine lacks the program a test runner needs (Node); other languages are unaffected."""
+    """The machine lacks the program a test runner needs (Node, pytest); other runners are unaffected."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,11 @@ class Sandbox:
 
     @property
     def runners(self) -> frozenset[str]:
-        """Test runners this machine can serve; "node" is absent without Node."""
-        return frozenset(_TEST_SUFFIXES) - (set() if self._jail.toolchain.node else {"node"})
+        """Test runners this machine can serve; "node" is absent without Node, "pytest" where it is not installed."""
+        toolchain = self._jail.toolchain
+        return frozenset(
+            {"unittest"} | ({"node"} if toolchain.node else set()) | ({"pytest"} if toolchain.pytest else set())
+        )
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
@@ -227,7 +230,9 @@ class Sandbox:
             if path not in files or not is_relative_path(path):
                 raise ValueError(f"tests.files names {path!r}, which is not in the repository")
         if tests.runner not in self.runners:
-            raise RunnerUnavailable(tests.runner, "no node program on PATH; JavaScript tests cannot run here")
+            raise RunnerUnavailable(
+                tests.runner, f"{tests.runner} is not installed; tests that need it cannot run here"
+            )
         limits = self.config.test_limits
         toolchain = self._jail.toolchain
         job = {
@@ -237,9 +242,12 @@ class Sandbox:
             "nonce": secrets.token_hex(16),
             "programs": {"python": toolchain.python, "node": toolchain.node},
         }
-        alongside = ("run_unittest.py",) if tests.runner == "unittest" else ("node_reporter.mjs",)
+        alongside = ("node_reporter.mjs",) if tests.runner == "node" else (f"run_{tests.runner}.py",)
+        binds = (toolchain.pytest,) if tests.runner == "pytest" and toolchain.pytest else ()
         with self._slot() as slot:
-            done = self._jail.run("run_tests", job, limits=limits, slot=slot, repository=files, alongside=alongside)
+            done = self._jail.run(
+                "run_tests", job, limits=limits, slot=slot, repository=files, alongside=alongside, binds=binds
+            )
         if done.ended != "exit":
             return TestOutcome(done.ended)
         if done.exit_code != 0:

@@ -9,6 +9,7 @@ outside /usr is always staged, without its site-packages, so that the sandbox se
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import stat
@@ -41,11 +42,12 @@ class Bind:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Programs as the sandbox sees them, and the binds that put them there."""
+    """Programs as the sandbox sees them, and the binds that put them there; `pytest`'s only for runs that need it."""
 
     python: str
     ast_grep: str
     node: str | None
+    pytest: Bind | None
     bwrap_candidates: tuple[Path, ...]
     binds: tuple[Bind, ...]
     versions: dict[str, str] = field(default_factory=dict)
@@ -71,6 +73,7 @@ def find_toolchain() -> Toolchain:
         raise SandboxUnavailable("ast-grep", f"no ast-grep program {where}: pip install ast-grep-cli")
     node = _find_program("node")
     binds = [*python_binds, Bind(_reachable_program(ast_grep), Path("/guest/bin/ast-grep"))]
+    pytest = _find_pytest()
     versions = {
         "ast-grep": _version(ast_grep),
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -82,6 +85,7 @@ def find_toolchain() -> Toolchain:
         python=python,
         ast_grep="/guest/bin/ast-grep",
         node="/guest/bin/node" if node is not None else None,
+        pytest=pytest,
         bwrap_candidates=_find_bwrap(),
         binds=tuple(binds),
         versions=versions,
@@ -135,6 +139,19 @@ def _find_python() -> tuple[str, list[Bind]]:
     parts += [(path, Path("lib") / path.name) for path in sorted((prefix / "lib").glob("libpython*.so*"))]
     # Mounted at the original prefix: run paths and the standard library's own idea of its home stay true.
     return str(prefix / "bin" / name), [Bind(_stage("python", parts), prefix)]
+
+
+def _find_pytest() -> Bind | None:
+    """This environment's pytest and what it imports, staged apart from everything else installed; None without it."""
+    parts = []
+    for name in ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            return None
+        module = Path(spec.origin)
+        module = module.parent if module.name == "__init__.py" else module
+        parts.append((module, Path(module.name)))
+    return Bind(_stage("pytest", parts), Path("/guest/site"))
 
 
 def _others_can_reach(path: Path) -> bool:

