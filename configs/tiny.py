@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
     config.data.prompts_per_step = 4
     config.data.max_prompt_tokens = 512
     config.data.few_shot = 0
-    config.sampling.max_new_tokens, config.sampling.max_think_tokens = 64, 16
+    config.sampling.max_new_tokens, config.sampling.max_think_tokens = 96, 16
     config.grpo.group_size, config.grpo.micro_batch = 4, 2
     config.optim.learning_rate = 1e-3
     config.eval.max_tasks, config.eval.batch_size = 8, 8

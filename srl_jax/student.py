@@ -98,7 +98,12 @@ def load_student(config: TrainConfig, mesh: Mesh) -> Student:
     base_hash = hf.weights_hash(params)
     params = jax.device_put(params, sharding.variable_shardings(mesh, decoder)["params"])
     if config.sampling.constrained:
-        automaton = grammar.compile_grammar(tokenizer)
+        automaton = grammar.compile_grammar(tokenizer, cache_dir=assets.cache_dir() / "grammar")
+        shortest = grammar.shortest_trace(automaton)
+        if config.sampling.max_new_tokens < shortest:
+            raise ConfigError(
+                "sampling.max_new_tokens", config.sampling.max_new_tokens, f"the shortest trace takes {shortest} tokens"
+            )
     else:
         automaton = grammar.free_automaton(tokenizer)
     settings = SamplingConfig(

@@ -186,7 +186,7 @@ def train_step(
     zero = (jax.tree.map(jnp.zeros_like, state.lora), {name: jnp.float32(0.0) for name in names})
     (grads, metrics), _ = jax.lax.scan(accumulate, zero, _micro_batches(batch, settings.micro_batch))
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
     new = TrainState(state.step + 1, optax.apply_updates(state.lora, updates), opt_state, state.key)
