@@ -13,7 +13,8 @@ class DataSetConfig:
     """Sizes are records per split. `real_share` of each language's records come from real code, as far as found.
 
     `python_roots` and `javascript_roots` are directories of real code; empty means the installed packages.
-    `max_files` bounds how many real files are read per language.
+    `max_files` bounds how many real files are read per language, `max_excerpt` the characters of code in a prompt,
+    `max_trace` the characters of a teacher's trace.
     """
 
     tag: str = "demo-1"
@@ -26,6 +27,8 @@ class DataSetConfig:
     python_roots: tuple[str, ...] = ()
     javascript_roots: tuple[str, ...] = ()
     max_files: int = 2000
+    max_excerpt: int = 400
+    max_trace: int = 1200
     workers: int = 2
     records_per_shard: int = 1000
 
@@ -43,6 +46,10 @@ def validate(config: DataSetConfig) -> None:
     for field in ("workers", "records_per_shard"):
         value = getattr(config, field)
         demand(type(value) is int and value >= 1, field, "must be a whole number of at least 1")
+    demand(
+        type(config.max_excerpt) is int and config.max_excerpt >= 80, "max_excerpt", "must be at least 80 characters"
+    )
+    demand(type(config.max_trace) is int and config.max_trace >= 300, "max_trace", "must be at least 300 characters")
     demand(type(config.seed) is int, "seed", "must be a whole number")
     demand(config.train + config.dev + config.test > 0, "train", "at least one split must hold records")
     demand(isinstance(config.tag, str) and config.tag.strip() != "", "tag", "must name the data set, such as 'demo-1'")

@@ -33,8 +33,8 @@ from srl_jax.records import SCHEMA_VERSION, SourceFile, TeacherRecord, Versions
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 
-# Rejections and duplicates are rare in the catalogue; this many spare tasks make up for them.
-SPARE = 1.1
+# Generated tasks cost nothing until they are executed; some are dropped (too long, duplicate), so more are offered.
+OFFERED = 5
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -80,12 +80,11 @@ def quotas(config: DataSetConfig) -> dict[tuple[str, str], int]:
     return wanted
 
 
-def generated_drafts(rules: Sequence[Rule], count: int, seed: int) -> list[Draft]:
-    """`count` generated tasks, going round the rules that have scenes; fewer only if no rule has one."""
+def generated_drafts(rules: Sequence[Rule], count: int, seed: int, max_excerpt: int) -> Iterator[Draft]:
+    """At most `count` generated tasks, going round the rules that have scenes."""
     usable = [rule for rule in rules if rule.scenes]
-    if not usable:
-        return []
-    return [generate(usable[i % len(usable)], i // len(usable), seed) for i in range(count)]
+    for index in range(count if usable else 0):
+        yield generate(usable[index % len(usable)], index // len(usable), seed, max_excerpt)
 
 
 def real_candidates(
@@ -142,7 +141,9 @@ class Run:
         for split, candidates in real_candidates(own, wanted, files).items():
             made = self.each(
                 f"real {language} {split}",
-                lambda numbered: real_draft(*numbered[1], numbered[0], config.seed, self.sandbox.apply),
+                lambda numbered: real_draft(
+                    *numbered[1], numbered[0], config.seed, self.sandbox.apply, config.max_excerpt
+                ),
                 list(enumerate(candidates)),
             )
             drafts[split] = []
@@ -153,32 +154,36 @@ class Run:
                     drafts[split].append(draft)
         return drafts
 
-    def steps(self, split: str, slice_name: str, drafts: Sequence[Draft], wanted: int) -> list[Step]:
-        """At most `wanted` validated steps; everything the teacher said is kept in `raw`."""
-        fresh = []
-        for draft in drafts:
-            key = (draft.task.instruction, draft.task.context)
-            if key in self._seen:
-                self.rejections.add(slice_name, Drop.DUPLICATE)
-            else:
-                self._seen.add(key)
-                fresh.append(draft)
-        kept: list[Step] = []
-
-        def judged(draft: Draft) -> Step:
-            text = self.teacher.write(draft)
-            return Step(draft, text, check_step(draft, text, self.sandbox))
-
-        for step in self.each(f"check {slice_name} {split}", judged, fresh):
-            reason = step.verdict.reason
-            if reason is None and len(kept) < wanted:
-                kept.append(step)
-            elif reason is not None:
-                self.rejections.add(slice_name, reason)
-            self.raw[split].append(
-                {"task_id": step.draft.task.task_id, "slice": slice_name, "text": step.text, "rejected": reason}
-            )
+    def steps(self, split: str, slice_name: str, drafts: Iterable[Draft], wanted: int) -> list[Step]:
+        """Validated steps, `wanted` of them unless `drafts` end first; all the teacher said is kept in `raw`."""
+        offered, kept = iter(drafts), []
+        while len(kept) < wanted:
+            batch = list(itertools.islice(offered, wanted - len(kept)))
+            if not batch:
+                break
+            batch = [draft for draft in batch if self._is_new(draft)]
+            for step in self.each(f"check {slice_name} {split}", self._judge, batch):
+                reason = step.verdict.reason
+                if reason is None:
+                    kept.append(step)
+                else:
+                    self.rejections.add(slice_name, reason)
+                self.raw[split].append(
+                    {"task_id": step.draft.task.task_id, "slice": slice_name, "text": step.text, "rejected": reason}
+                )
         return kept
+
+    def _judge(self, draft: Draft) -> Step:
+        text = self.teacher.write(draft)
+        return Step(draft, text, check_step(draft, text, self.sandbox, self.config.max_trace))
+
+    def _is_new(self, draft: Draft) -> bool:
+        key = (draft.task.instruction, draft.task.context)
+        if key in self._seen:
+            self.rejections.add(draft.task.slice, Drop.DUPLICATE)
+            return False
+        self._seen.add(key)
+        return True
 
     def records(self, slice_name: str, steps: Sequence[Step], embedder: Embeds) -> list[TeacherRecord]:
         """Scored records of the steps that reach the quality threshold."""
@@ -221,7 +226,7 @@ def prepare(
             own = [rule for rule in rules[split] if rule.language == language]
             number = wanted[split, f"{language}/generated"]
             drafts = {
-                f"{language}/generated": generated_drafts(own, int(number * SPARE) + (number > 0), config.seed),
+                f"{language}/generated": generated_drafts(own, OFFERED * number, config.seed, config.max_excerpt),
                 f"{language}/real": real[language][split],
             }
             for slice_name, candidates in drafts.items():

@@ -24,6 +24,7 @@ class Drop(StrEnum):
     PASSED_BEFORE = "tests_passed_before"
     BROKEN_BEFORE = "tests_did_not_run_before"
     FAILED_AFTER = "tests_failed_after"
+    TOO_LONG = "too_long"
     DUPLICATE = "duplicate"
     LOW_QUALITY = "low_quality"
 
@@ -42,8 +43,11 @@ def stable_report(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "duration_s": 0.0, "test_output": ""}
 
 
-def validate(draft: Draft, text: str, sandbox: Sandbox) -> Verdict:
-    """Parses `text`, executes its action on the task's files and compares diff and tests with what must happen."""
+def validate(draft: Draft, text: str, sandbox: Sandbox, max_trace: int) -> Verdict:
+    """Parses `text`, executes its action on the task's files and compares diff and tests with what must happen.
+
+    A trace of more than `max_trace` characters is dropped: what the student has no room to write cannot be imitated.
+    """
     task = draft.task
     try:
         trace = parse_trace(text)
@@ -51,6 +55,8 @@ def validate(draft: Draft, text: str, sandbox: Sandbox) -> Verdict:
         return Verdict(f"{Drop.MALFORMED}:{error.rejection}")
     if render_trace(trace) != text:
         return Verdict(Drop.NOT_CANONICAL, trace)
+    if len(text) > max_trace:
+        return Verdict(Drop.TOO_LONG, trace)
     files = {file.path: file.text for file in task.files}
     if task.tests is not None:
         outcome = sandbox.run_tests(files, task.tests)

@@ -4,6 +4,7 @@ import ast
 import random
 import re
 
+from data_pipeline.tasks.excerpt import excerpt, first_change
 from data_pipeline.tasks.rule import Draft, Rule, before_and_after, fill
 from data_pipeline.tasks.state import draw_prior
 from data_pipeline.tasks.vocabulary import draw
@@ -17,8 +18,11 @@ def sentence(phrase: str) -> str:
     return phrase[:1].upper() + phrase[1:] + "."
 
 
-def generate(rule: Rule, index: int, seed: int) -> Draft:
-    """The `index`-th generated task of `rule` under `seed`; the same arguments give the same task."""
+def generate(rule: Rule, index: int, seed: int, max_excerpt: int) -> Draft:
+    """The `index`-th generated task of `rule` under `seed`; the same arguments give the same task.
+
+    The prompt shows at most `max_excerpt` characters of the file to edit.
+    """
     if not rule.scenes:
         raise ValueError(f"rule {rule.name} has no scene to generate from")
     rng = random.Random(f"{seed}/{rule.name}/{index}")
@@ -30,6 +34,7 @@ def generate(rule: Rule, index: int, seed: int) -> Draft:
         before.append(SourceFile(fill(path, names), fill(old, names)))
         if old != new:
             expected.append(SourceFile(before[-1].path, fill(new, names)))
+    shown = excerpt(before[0].text, first_change(before[0].text, expected[0].text), max_excerpt)
     tests = [SourceFile(fill(path, names), fill(text, names)) for path, text in scene.tests.items()]
     instruction = f"{sentence(rng.choice(rule.instructions))} {sentence(rule.keep)}"
     task = Task(
@@ -41,7 +46,7 @@ def generate(rule: Rule, index: int, seed: int) -> Draft:
         difficulty=rule.difficulty,
         source="generated",
         files=(*before, *tests),
-        context=(before[0],),
+        context=(SourceFile(before[0].path, shown),),
         prior_state=draw_prior(rng, before[0].path),
         tests=TestSpec(
             runner="unittest" if rule.language == "python" else "node",

@@ -43,10 +43,10 @@ RULES = (
             "Use `«lib».«verb2»«Noun»` wherever `«lib».«verb»«Noun»` is called",
         ),
         think=(
-            "«lib».«verb»«Noun» became «lib».«verb2»«Noun». Match only that module's calls and keep every argument.",
-            "Rename the call to «lib».«verb2»«Noun». The module stays in the pattern so other receivers are safe.",
+            "«lib».«verb»«Noun» was renamed. Match only that module's calls and keep every argument.",
+            "Rename the call to «verb2»«Noun»; the module in the pattern protects «other».",
         ),
-        decision="rename «verb»«Noun» to «verb2»«Noun»",
+        decision="use «verb2»«Noun»",
         keep="keep «other».«verb»«Noun»",
         scenes=(
             _two_libraries(
@@ -74,11 +74,11 @@ RULES = (
             "Objects lost `«verb»«Noun»`; call their `«verb2»«Noun»` method",
         ),
         think=(
-            "The method «verb»«Noun» is now «verb2»«Noun» on every object. Match any receiver and keep every argument.",
-            "Any receiver may call «verb»«Noun», so use a metavariable for it. The plain function is not matched.",
+            "Method «verb»«Noun» has a new name. Match any receiver and keep every argument.",
+            "Any receiver may call «verb»«Noun», so bind it; the plain function has none.",
         ),
-        decision="rename method «verb»«Noun» to «verb2»«Noun»",
-        keep="keep the function «verb»«Noun»",
+        decision="use method «verb2»«Noun»",
+        keep="keep the plain function",
         scenes=(
             Scene(
                 sources={
@@ -121,7 +121,7 @@ RULES = (
             "Replace accesses of `.«field»` with `.«field2»`",
         ),
         think=(
-            "The property «field» moved to «field2» on every object. Match any receiver; object keys are not accesses.",
+            "«field» is now «field2» on every object. Match any receiver; object keys do not match.",
             "Match property access on any object and rename it to «field2». The object key stays.",
         ),
         decision="rename property «field» to «field2»",
@@ -164,7 +164,7 @@ RULES = (
         ),
         think=(
             "The option «kw» of «lib».«verb» became «kw2». Keep the value and the first argument as they are.",
-            "Only «lib».«verb» takes «kw2», so name the module in the pattern and carry the value over.",
+            "Only «lib».«verb» takes «kw2», so name the module and carry the value over.",
         ),
         decision="rename option «kw» to «kw2»",
         keep="keep «other».«verb»",
@@ -381,7 +381,7 @@ RULES = (
             "Calls of `«lib».«verb»` must pass «n2» where they pass «n»",
         ),
         think=(
-            "Calls of «lib».«verb» pass «n» and must pass «n2». Put «n» in the pattern so other values stay.",
+            "«lib».«verb» must get «n2» for «n». The constant in the pattern leaves other values.",
             "Match only the constant «n» in «lib».«verb» and write «n2» instead.",
         ),
         decision="pass «n2» to «lib».«verb»",

@@ -68,10 +68,10 @@ RULES = (
             "Use `«lib».«verb2»_«noun»` wherever `«lib».«verb»_«noun»` is called",
         ),
         think=(
-            "«lib».«verb»_«noun» became «lib».«verb2»_«noun». Match only that module's calls and keep every argument.",
-            "Rename the call to «lib».«verb2»_«noun». The module stays in the pattern so other receivers are safe.",
+            "«lib».«verb»_«noun» was renamed. Match only that module's calls and keep every argument.",
+            "Rename the call to «verb2»_«noun»; the module in the pattern protects «other».",
         ),
-        decision="rename «verb»_«noun» to «verb2»_«noun»",
+        decision="use «verb2»_«noun»",
         keep="keep «other».«verb»_«noun»",
         scenes=(_MODULE_CALL,),
     ),
@@ -88,11 +88,11 @@ RULES = (
             "Objects lost `«verb»_«noun»`; call their `«verb2»_«noun»` method",
         ),
         think=(
-            "The method «verb»_«noun» is now «verb2»_«noun» on every object. Match any receiver and keep every argument.",
-            "Any receiver may call «verb»_«noun», so use a metavariable for it. The plain function is not matched.",
+            "Method «verb»_«noun» has a new name. Match any receiver and keep every argument.",
+            "Any receiver may call «verb»_«noun», so bind it; the plain function has none.",
         ),
-        decision="rename method «verb»_«noun» to «verb2»_«noun»",
-        keep="keep the function «verb»_«noun»",
+        decision="use method «verb2»_«noun»",
+        keep="keep the plain function",
         scenes=(
             Scene(
                 sources={
@@ -147,7 +147,7 @@ RULES = (
             "Replace accesses of `.«field»` with `.«field2»`",
         ),
         think=(
-            "The attribute «field» moved to «field2» on every object. Match any receiver; keyword names are not attributes.",
+            "«field» is now «field2» on every object. Match any receiver; keyword names do not match.",
             "Match attribute access on any object and rename it to «field2». The keyword argument stays.",
         ),
         decision="rename attribute «field» to «field2»",
@@ -200,7 +200,7 @@ RULES = (
         ),
         think=(
             "The keyword «kw» of «lib».«verb» became «kw2». Keep the value and the first argument as they are.",
-            "Only «lib».«verb» takes «kw2», so name the module in the pattern and carry the value over.",
+            "Only «lib».«verb» takes «kw2», so name the module and carry the value over.",
         ),
         decision="rename keyword «kw» to «kw2»",
         keep="keep «other».«verb»",
@@ -266,8 +266,8 @@ RULES = (
             "Replace `«lib».«NOUN»_LIMIT` by `«lib».MAX_«NOUN»`",
         ),
         think=(
-            "The constant «NOUN»_LIMIT of «lib» is now MAX_«NOUN». Match it with its module, nothing else.",
-            "Swap «lib».«NOUN»_LIMIT for «lib».MAX_«NOUN». Naming the module keeps the other constant.",
+            "The constant of «lib» has a new name. Match it with its module, nothing else.",
+            "Rename to MAX_«NOUN»; naming the module keeps the other constant.",
         ),
         decision="use MAX_«NOUN»",
         keep="keep «other».«NOUN»_LIMIT",
@@ -497,7 +497,7 @@ RULES = (
             "Calls of `«lib».«verb»` must pass «n2» where they pass «n»",
         ),
         think=(
-            "Calls of «lib».«verb» pass «n» and must pass «n2». Put «n» in the pattern so other values stay.",
+            "«lib».«verb» must get «n2» for «n». The constant in the pattern leaves other values.",
             "Match only the constant «n» in «lib».«verb» and write «n2» instead.",
         ),
         decision="pass «n2» to «lib».«verb»",

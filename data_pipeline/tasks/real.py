@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import dedent
 
+from data_pipeline.tasks.excerpt import excerpt, first_change
 from data_pipeline.tasks.generated import sentence
 from data_pipeline.tasks.rule import Draft, Rule, fill
 from data_pipeline.tasks.state import draw_prior
@@ -17,8 +18,7 @@ from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status
 from srl_jax.trace import Action
 
 MAX_FILE_BYTES = 20_000
-MAX_PATH_CHARS = 48
-MAX_EXCERPT_CHARS = 500
+MAX_PATH_CHARS = 32
 MAX_MATCHES = 6  # more edits than the excerpt can show make the task a guess
 
 NODE_ROOTS = ("/usr/lib/node_modules", "/usr/local/lib/node_modules", "/usr/share/nodejs")
@@ -36,33 +36,41 @@ def default_roots(language: str) -> list[Path]:
 
 
 def source_files(roots: Sequence[Path], language: str, rng: random.Random, limit: int) -> Iterator[tuple[str, str]]:
-    """At most `limit` (relative path, text) pairs in an order drawn by `rng`.
+    """At most `limit` (path, text) pairs in an order drawn by `rng`; paths are relative to the root or package folder.
 
-    Hidden folders, symbolic links, files over 20 kB, long paths, and files that are not UTF-8 are passed over.
+    Hidden folders, symbolic links, files over 20 kB, paths over `MAX_PATH_CHARS`, and files that are not UTF-8 or have
+    Windows line ends are passed over.
     """
-    found = []
+    found: dict[str, Path] = {}
     for root in roots:
         for folder, folders, names in os.walk(root, followlinks=False):
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
             for name in names:
                 path = Path(folder, name)
-                if path.suffix in EXTENSIONS[language] and len(str(path.relative_to(root))) <= MAX_PATH_CHARS:
-                    found.append((path.relative_to(root).as_posix(), path))
-    found.sort()
-    rng.shuffle(found)
-    for relative, path in found:
+                # A nested node_modules is where that package really lives.
+                shown = path.relative_to(root).as_posix().rpartition("node_modules/")[2]
+                if path.suffix in EXTENSIONS[language] and len(shown) <= MAX_PATH_CHARS:
+                    found.setdefault(shown, path)
+    order = sorted(found)
+    rng.shuffle(order)
+    for shown in order:
         if limit == 0:
             return
-        if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if "\r" in text or "\0" in text:
-            continue
-        limit -= 1
-        yield relative, text
+        text = _read(found[shown])
+        if text is not None:
+            limit -= 1
+            yield shown, text
+
+
+def _read(path: Path) -> str | None:
+    """The text of a regular UTF-8 file of moderate size with Unix line ends, else None."""
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            return None
+        text = path.read_bytes().decode("utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return None if "\r" in text or "\0" in text else text
 
 
 def enclosing_function(text: str, line: int) -> str | None:
@@ -73,9 +81,11 @@ def enclosing_function(text: str, line: int) -> str | None:
         return None
     best: ast.FunctionDef | ast.AsyncFunctionDef | None = None
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _first_line(node) <= line <= _last_line(node):
-            if best is None or _first_line(node) >= _first_line(best):
-                best = node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        inside = _first_line(node) <= line <= _last_line(node)
+        if inside and (best is None or _first_line(node) >= _first_line(best)):
+            best = node
     if best is None:
         return None
     body = dedent("\n".join(text.split("\n")[_first_line(best) - 1 : _last_line(best)])) + "\n"
@@ -94,25 +104,7 @@ def _last_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return node.end_lineno or node.lineno
 
 
-def excerpt(text: str, line: int, limit: int = MAX_EXCERPT_CHARS) -> str:
-    """Whole lines of `text` around 1-based `line`, at most `limit` characters; "" if that line alone is longer."""
-    lines = text.rstrip("\n").split("\n")
-    first = last = line - 1
-    size = len(lines[first]) + 1
-    if size > limit:
-        return ""
-    while True:
-        grown = False
-        for index in (first - 1, last + 1):
-            if 0 <= index < len(lines) and size + len(lines[index]) + 1 <= limit:
-                size += len(lines[index]) + 1
-                first, last = min(first, index), max(last, index)
-                grown = True
-        if not grown:
-            return "\n".join(lines[first : last + 1]) + "\n"
-
-
-def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: Apply) -> Draft | str:
+def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: Apply, max_excerpt: int) -> Draft | str:
     """A task from one real file, or the reason there is none.
 
     There is no second opinion on what a rule does to real code: the expected files are what the engine makes of
@@ -132,8 +124,7 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
     if result.overlaps or sum(result.matches.values()) > MAX_MATCHES:
         return "too_many_matches"
     after = result.files_after[path]
-    line = next(number for number, pair in enumerate(_pairs(text, after), 1) if pair[0] != pair[1])
-    shown = excerpt(text, line)
+    shown = excerpt(text, first_change(text, after), max_excerpt)
     if not shown:
         return "long_line"
     keep = rule.keep if "«" not in rule.keep else "keep other calls"
@@ -152,9 +143,3 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
         expected=(SourceFile(path, after),),
     )
     return Draft(task, rule, names, fill(rng.choice(rule.think), names), keep)
-
-
-def _pairs(before: str, after: str) -> Iterator[tuple[str, str]]:
-    old, new = before.split("\n"), after.split("\n")
-    size = max(len(old), len(new))
-    yield from zip(old + ["\0"] * (size - len(old)), new + ["\0"] * (size - len(new)), strict=True)

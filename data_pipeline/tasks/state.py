@@ -38,11 +38,11 @@ def issue_about(path: str) -> str:
 
 def draw_prior(rng: random.Random, path: str) -> StateUpdate:
     """A state in which editing `path` is the next thing to do."""
-    issues = [issue_about(path)] if rng.random() < 0.5 else []
-    if rng.random() < 0.35:
+    issues = [issue_about(path)] if rng.random() < 0.4 else []
+    if rng.random() < 0.25:
         issues.append(rng.choice(_ISSUES))
     return StateUpdate(
-        decisions=(rng.choice(_DECISIONS),) if rng.random() < 0.25 else (),
+        decisions=(rng.choice(_DECISIONS),) if rng.random() < 0.15 else (),
         constraints=(rng.choice(_CONSTRAINTS),),
         open_issues=tuple(issues),
         next_focus=(f"edit {path}", rng.choice(_PLANS)),
