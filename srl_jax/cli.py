@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app
+from absl import app, flags, logging
 
 from srl_jax.assets import AssetError
 from srl_jax.config import ConfigError, check_overrides
@@ -29,11 +29,13 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def run(main: Callable[[], int | None], *extra_errors: type[Exception]) -> None:
-    """Parses flags, calls `main`, and exits with its code; 2 after a user error (`extra_errors` are the caller's own)."""
+    """Parses flags, calls `main`, exits with its code; 2 after a user error (`extra_errors`: the caller's own)."""
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.grpo.kl_coef=0.1")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax alone logs a page at INFO
         try:
             code = main()
         except Exception as error:

@@ -7,15 +7,21 @@ import dataclasses
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from rich.progress import Progress
 
+from srl_jax.checkpoint import CheckpointError
 from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
+from srl_jax.report import write_report
 from srl_jax.rollout import sample_groups
+from srl_jax.run import Run
 from srl_jax.sandbox.service import RewardService, Score
 from srl_jax.student import Student
 from srl_jax.tokenizer import render_prompt
@@ -57,7 +63,8 @@ def evaluate(
     variables = student.sampling_variables(lora)
     size = config.eval.batch_size
     settings = StepSettings(temperature=1.0, micro_batch=size)
-    items, timing = [], _Timing()
+    items: list[dict] = []
+    timing: Counter = Counter()
     started = time.perf_counter()
     for start in range(0, len(records), size):
         batch = list(records[start : start + size])
@@ -88,11 +95,6 @@ def evaluate(
         "parse_rate": float(np.mean([item["rejection"] is None for item in items])),
     }
     return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
-
-
-class _Timing(dict):
-    def __missing__(self, key: str) -> float:
-        return 0.0
 
 
 def _item(student: Student, record: TeacherRecord, text: str, score: Score, config: TrainConfig) -> dict:
@@ -126,6 +128,22 @@ def _item(student: Student, record: TeacherRecord, text: str, score: Score, conf
         "think_tokens": count(think),
         "state_tokens": count(state),
     }
+
+
+def evaluate_run(config: TrainConfig, workdir: Path, out: Path, held_out: Sequence[TeacherRecord]) -> Path:
+    """Evaluates base and newest checkpoint of the run in `workdir`; returns the report written into `out`.
+
+    Raises `CheckpointError` when the run has no checkpoint yet, and what `Run` raises.
+    """
+    with Run(config, workdir, read_only=True) as run, Progress() as bar:
+        if run.resume() is None:
+            raise CheckpointError(f"{workdir}: no checkpoint to evaluate; train first")
+        tasks = fitting_tasks(run.student, held_out, config)
+        for name, adapters in (("base", None), ("student", run.state.lora)):
+            advance = partial(bar.advance, bar.add_task(f"evaluating {name}", total=len(tasks)))
+            result = evaluate(run.student, adapters, tasks, run.judge, config, name=name, advance=advance)
+            write_json(out / f"eval_{name}.json", result)
+    return write_report(out)
 
 
 def write_json(path: str | os.PathLike[str], value: dict) -> None:

@@ -91,6 +91,8 @@ class HashEmbedder:
     """Unit vectors from the first bytes of a text; `embedding_test` tests the real one."""
 
     def embed(self, texts):
-        rows = [np.random.default_rng(int.from_bytes(text.encode()[:7], "little")).standard_normal(384) for text in texts]
+        rows = [
+            np.random.default_rng(int.from_bytes(text.encode()[:7], "little")).standard_normal(384) for text in texts
+        ]
         rows = np.asarray(rows, np.float32).reshape(len(texts), 384)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -248,7 +248,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
         hf.load_params(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalML"]}))
-    with pytest.raises(families.UnsupportedModel, match="LlamaForCausalML.*nearest: LlamaForCausalLM"):
+    with pytest.raises(families.UnsupportedModel, match=r"LlamaForCausalML.*nearest: LlamaForCausalLM"):
         hf.load_params(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hf.load_params(tmp_path / "nowhere")

@@ -73,7 +73,9 @@ def test_every_constrained_sample_parses_at_any_budget(student, lora):
     for budget in (shortest, shortest + 1, shortest + 5, 64):
         drawn = _sample(student, lora, _prompts(4), key=budget, max_new_tokens=budget)
         rows = (-1, budget)
-        texts = decode_completions(student, np.asarray(drawn.tokens).reshape(rows), np.asarray(drawn.mask).reshape(rows))
+        texts = decode_completions(
+            student, np.asarray(drawn.tokens).reshape(rows), np.asarray(drawn.mask).reshape(rows)
+        )
         for text in texts:
             parse_trace(text)
         assert bool(drawn.finished.all())

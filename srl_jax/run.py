@@ -1,0 +1,109 @@
+"""A run: its student, services, state and directory, opened the same way by training and by evaluation."""
+
+import dataclasses
+import os
+import platform
+import time
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from srl_jax import rewards
+from srl_jax.checkpoint import Checkpointer, CheckpointMeta
+from srl_jax.config import TrainConfig, config_hash, validate
+from srl_jax.embedding import load_embedder
+from srl_jax.records import SCHEMA_VERSION
+from srl_jax.sandbox.runner import Sandbox, SandboxConfig
+from srl_jax.sandbox.service import RewardService
+from srl_jax.sharding import make_mesh
+from srl_jax.student import Student, load_student
+from srl_jax.train_step import TrainState, make_optimizer
+
+
+class Run:
+    """Everything a run needs beside its data. A context manager.
+
+    Attributes:
+      student: the loaded base model with tokenizer and grammar.
+      rewards: scores rollouts, executing only when the reward has an execution term.
+      judge: scores held-out answers, executing them when `eval.execute`.
+      optimizer, rates: the gradient transformation and its learning-rate schedule.
+      state: fresh training state, or the newest checkpoint's after `resume`.
+      checkpoints: under `workdir`.
+
+    Raises on entry:
+      ConfigError, BadMesh: before any work, naming the field.
+      SandboxUnavailable: when actions are to be executed and no sandbox passes its probe.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        validate(config)
+        self.config = config
+        self.workdir = Path(workdir)
+        self._read_only = read_only
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        config = self.config
+        with ExitStack() as stack:
+            mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+            sandbox = None
+            if config.eval.execute or config.reward.execution > 0:
+                sandbox = stack.enter_context(Sandbox(SandboxConfig(slots=config.sandbox.workers)))
+            self.student: Student = load_student(config, mesh)
+            embedder, reward = load_embedder(), config.reward.build()
+            count = lambda text: len(self.student.tokenizer.encode_text(text))
+            executing = sandbox if config.reward.execution > 0 else None
+            judging = sandbox if config.eval.execute else None
+            self.rewards = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=executing))
+            self.judge = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=judging))
+            self.optimizer: optax.GradientTransformation
+            self.optimizer, self.rates = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
+            lora = self.student.fresh_lora(config.seed)
+            key = jax.random.key_data(jax.random.key(config.seed))
+            self.state = TrainState(jnp.int32(0), lora, self.optimizer.init(lora), key)
+            meta = CheckpointMeta(
+                config=config_hash(config),
+                tokenizer=self.student.tokenizer.fingerprint,
+                base_weights=self.student.base_hash,
+                schema=SCHEMA_VERSION,
+                reward=rewards.REWARD_VERSION,
+            )
+            directory = self.workdir / "checkpoints"
+            self.checkpoints = stack.enter_context(
+                Checkpointer(directory, config.checkpoint.keep, meta, read_only=self._read_only)
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def resume(self) -> tuple[int, Any] | None:
+        """Takes over the newest checkpoint: (its step, the data stream's position), or None where there is none.
+
+        Raises `CheckpointMismatch` when it belongs to another tokenizer, base model, schema or reward.
+        """
+        restored = self.checkpoints.restore(self.state)
+        if restored is None:
+            return None
+        step, self.state, position = restored
+        return step, position
+
+
+def environment() -> dict[str, Any]:
+    """What a run's numbers depend on beside its configuration: versions, machine, devices."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "ast-grep-cli", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: metadata.version(name) for name in packages},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
