@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +78,25 @@ def words(text):
 
 def report(success=True, status=Status.OK):
     return EnvReport(success, status, "", "", 1, 0, "not_run", (), (), "", None, 0.1, "a fake")
+
+
+def descendants(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:
+            continue  # the thread is gone
+        for child in children:
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def comm(pid):
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 class FakeSandbox:
@@ -303,6 +327,42 @@ class TestRealExecution:
         assert scores[1].report.tests_failed == ("tests.test_app.T.test_f",)
         assert scores[2].report.status is Status.NO_MATCH
         assert scores[3].reward.total == -0.2
+
+    def test_killing_sandboxes_at_random_loses_and_falsifies_nothing(self, record):
+        stop = threading.Event()
+        killed = []
+
+        def reaper():
+            # Every bwrap of this process, and its namespace's init, at random moments.
+            dice = random.Random(0)
+            while not stop.wait(dice.uniform(0.1, 0.5)):
+                ours = [pid for pid in descendants(os.getpid()) if comm(pid).startswith(("bwrap", "python"))]
+                if ours:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(dice.choice(ours), signal.SIGKILL)
+                        killed.append(1)
+
+        items = [
+            ScoreRequest(completion(action=dataclasses.replace(ACTION, replacement=f"new($X) or {i}")), record)
+            for i in range(16)
+        ] + [ScoreRequest("malformed", record)]
+        config = RewardConfig(execution=0.2, action_weight=0.4, state_weight=0.2)
+        with Sandbox(SandboxConfig(slots=2)) as sandbox, service(sandbox, config, retries=20) as rewards:
+            calm = rewards.score(items)
+        thread = threading.Thread(target=reaper)
+        with Sandbox(SandboxConfig(slots=2)) as sandbox, service(sandbox, config, retries=20) as rewards:
+            thread.start()
+            try:
+                scores = rewards.score(items)
+            finally:
+                stop.set()
+                thread.join()
+            retries = rewards.counts["retries"]
+        assert killed
+        assert retries
+        # The supervisor's child is a python too: a test run whose child was shot is cut, which is no lie about it.
+        for score, before in zip(scores, calm, strict=True):
+            assert score.reward == before.reward or (score.report and score.report.tests == "cut")
 
     def test_many_threads_get_their_own_answers(self, record):
         def one(i):

@@ -36,6 +36,8 @@ __all__ = ["Completed", "Jail", "Limits", "SandboxCrash", "SandboxUnavailable", 
 FIRST_UID, UID_COUNT = 64100, 800
 MAX_REPOSITORY_FILES = 512
 _TEARDOWN_S = 10.0
+# bwrap's own death by a signal, or its report that init got SIGKILL: nothing inside can do either to them.
+_KILLED_FROM_OUTSIDE = frozenset({*range(-64, 0), 128 + signal.SIGKILL})
 _OWN_VOICE = (b"bwrap: ", b"setpriv: ", b"enter: ")
 
 
@@ -163,6 +165,8 @@ class Jail:
             if process.returncode == ENTER_FAILED or (process.returncode and stderr.startswith(_OWN_VOICE)):
                 # Guests keep their own stderr from foreign code, so this is the isolation speaking.
                 raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
+            if ended == "exit" and process.returncode in _KILLED_FROM_OUTSIDE:
+                raise SandboxCrash(f"the sandbox was killed from outside ({process.returncode})")
             return Completed(ended, process.returncode, stdout, stderr, time.monotonic() - started)
 
     def _enter(self, slot: Slot) -> list[str]:

@@ -278,7 +278,7 @@ class RewardService:
                 if attempt == self.config.retries:
                     raise
                 self._count(retries=1)
-                time.sleep(0.1 * 2**attempt)
+                time.sleep(min(1.0, 0.1 * 2**attempt))
             else:
                 self._count(executed=1)
                 return report
