@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from data_pipeline.config import DataSetConfig, validate
 from data_pipeline.quality import THRESHOLD, trace_quality
@@ -120,6 +120,8 @@ class Run:
 
     def each(self, title: str, action: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         """`action` over `items` on the workers, results in order, with a progress bar."""
+        if not items:
+            return
         task = self.progress.add_task(title, total=len(items))
         with ThreadPoolExecutor(self.config.workers) as pool:
             for result in pool.map(action, items):
@@ -135,10 +137,11 @@ class Run:
         roots = [Path(root) for root in chosen] or default_roots(language)
         rng = random.Random(f"{config.seed}/{language}/files")
         own = {split: [rule for rule in group if rule.language == language] for split, group in rules.items()}
-        files = self.progress.track(
-            source_files(roots, language, rng, config.max_files), total=config.max_files, description=f"read {language}"
-        )
-        for split, candidates in real_candidates(own, wanted, files).items():
+        task = self.progress.add_task(f"read {language}", total=config.max_files)
+        files = self._counted(source_files(roots, language, rng, config.max_files), task)
+        found = real_candidates(own, wanted, files)
+        self.progress.update(task, total=self.progress.tasks[task].completed)
+        for split, candidates in found.items():
             made = self.each(
                 f"real {language} {split}",
                 lambda numbered: real_draft(
@@ -153,6 +156,11 @@ class Run:
                 else:
                     drafts[split].append(draft)
         return drafts
+
+    def _counted(self, items: Iterable[T], task: TaskID) -> Iterator[T]:
+        for item in items:
+            self.progress.advance(task)
+            yield item
 
     def steps(self, split: str, slice_name: str, drafts: Iterable[Draft], wanted: int) -> list[Step]:
         """Validated steps, `wanted` of them unless `drafts` end first; all the teacher said is kept in `raw`."""
@@ -256,7 +264,7 @@ def prepare(
             "dataset": config.tag,
             "teacher": teacher.name,
             "seed": config.seed,
-            "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "workers"},
+            "config": _plain_config(config),
             "languages_left_out": missing,
             "splits": splits,
             "rejections": run.rejections.to_dict(),
@@ -265,6 +273,12 @@ def prepare(
         }
     commit(partial, out, manifest)
     return manifest
+
+
+def _plain_config(config: DataSetConfig) -> dict[str, Any]:
+    """What decides the bytes, as JSON data: everything but the number of workers."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key != "workers"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _runner(language: str) -> str:

@@ -286,7 +286,9 @@ RULES = (
 """,
                 "«verb»«Noun»",
                 text='assert.equal(«verb»«Noun»("«word»", { isNaN: () => "other" }), "other");',
-                kept='assert.deepEqual([«verb»«Noun»(NaN), «verb»«Noun»(1, { isNaN: () => "other" })], [«n», "other"]);',
+                kept=(
+                    'assert.deepEqual([«verb»«Noun»(NaN), «verb»«Noun»(1, { isNaN: () => "other" })], [«n», "other"]);'
+                ),
                 overbroad=("$A.isNaN($X)", "Number.isNaN($X)"),
             ),
         ),
@@ -654,7 +656,11 @@ RULES = (
                 "«verb»«Noun»",
                 setup=_CAPTURE,
                 silent="assert.deepEqual(captured(() => «verb»«Noun»({ log: () => 0 }, 1)), []);",
-                kept="const seen = [];\ncaptured(() => «verb»«Noun»({ log: (x) => seen.push(x) }, 2));\nassert.deepEqual(seen, [2]);",
+                kept=(
+                    "const seen = [];\n"
+                    "captured(() => «verb»«Noun»({ log: (x) => seen.push(x) }, 2));\n"
+                    "assert.deepEqual(seen, [2]);"
+                ),
                 overbroad=("$M.log($$$ARGS);", ""),
             ),
         ),
@@ -690,7 +696,11 @@ RULES = (
 """,
                 "«verb»«Noun»",
                 gone="assert.equal(/^\\s*debugger/m.test(«verb»«Noun».toString()), false);",
-                kept="const seen = [];\n«verb»«Noun»({ debugger: (x) => seen.push(x) }, 2);\nassert.deepEqual(seen, [2]);",
+                kept=(
+                    "const seen = [];\n"
+                    "«verb»«Noun»({ debugger: (x) => seen.push(x) }, 2);\n"
+                    "assert.deepEqual(seen, [2]);"
+                ),
                 overbroad=("«lib».debugger($$$ARGS);", ""),
             ),
         ),
@@ -726,7 +736,11 @@ RULES = (
                 "«verb»«Noun»",
                 setup="const «lib» = { «verb»: (x) => x * «n» };",
                 deleted="assert.equal(«verb»«Noun»(«lib», { trace: () => 0 }, 2), 2 * «n»);",
-                kept="const seen = [];\n«verb»«Noun»(«lib», { trace: (x) => seen.push(x) }, 3);\nassert.deepEqual(seen, [3]);",
+                kept=(
+                    "const seen = [];\n"
+                    "«verb»«Noun»(«lib», { trace: (x) => seen.push(x) }, 3);\n"
+                    "assert.deepEqual(seen, [3]);"
+                ),
                 overbroad=("$M.trace($$$ARGS);", ""),
             ),
         ),

@@ -74,7 +74,9 @@ def _assertion_rule(
         source,
         others={"harness.py": _HARNESS},
         overbroad=overbroad,
-        test_recorded=f"checks = «mod».«Noun»Checks()\nchecks.run(«n», [«n»])\nself.assertEqual(checks.calls[0], {expected})",
+        test_recorded=(
+            f"checks = «mod».«Noun»Checks()\nchecks.run(«n», [«n»])\nself.assertEqual(checks.calls[0], {expected})"
+        ),
         test_kept='self.assertEqual(«mod».«Noun»Checks().run(«n», [])[0], "legacy")',
     )
     return Rule(
@@ -165,7 +167,9 @@ RULES = (
 """,
                 imports="from unittest.mock import Mock, patch",
                 test_no_stop=(
-                    'with patch("sys.breakpointhook") as hook:\n    «mod».«verb»_«noun»(Mock(), 1)\nhook.assert_not_called()'
+                    'with patch("sys.breakpointhook") as hook:\n'
+                    "    «mod».«verb»_«noun»(Mock(), 1)\n"
+                    "hook.assert_not_called()"
                 ),
                 test_kept=(
                     '«lib» = Mock()\nwith patch("sys.breakpointhook"):\n    «mod».«verb»_«noun»(«lib», 100)\n'
@@ -212,7 +216,9 @@ RULES = (
                     'with self.assertLogs("«mod»", "DEBUG") as logs:\n    «mod».«verb»_«noun»(«n»)\n'
                     'self.assertEqual([record.levelname for record in logs.records], ["INFO"])'
                 ),
-                test_value='with self.assertLogs("«mod»", "INFO"):\n    self.assertEqual(«mod».«verb»_«noun»(«n»), «n»)',
+                test_value=(
+                    'with self.assertLogs("«mod»", "INFO"):\n    self.assertEqual(«mod».«verb»_«noun»(«n»), «n»)'
+                ),
                 overbroad=("log.$LEVEL($$$ARGS)", ""),
             ),
         ),
@@ -332,8 +338,14 @@ RULES = (
      «other».warn(value)
 """,
                 imports="from unittest.mock import Mock",
-                test_warning='log = Mock()\n«mod».«verb»_«noun»(log, Mock(), 1)\nlog.warning.assert_called_once_with("«word» %s", 1)',
-                test_kept="«other» = Mock()\n«mod».«verb»_«noun»(Mock(), «other», 3)\n«other».warn.assert_called_once_with(3)",
+                test_warning=(
+                    "log = Mock()\n"
+                    "«mod».«verb»_«noun»(log, Mock(), 1)\n"
+                    'log.warning.assert_called_once_with("«word» %s", 1)'
+                ),
+                test_kept=(
+                    "«other» = Mock()\n«mod».«verb»_«noun»(Mock(), «other», 3)\n«other».warn.assert_called_once_with(3)"
+                ),
                 overbroad=("$L.warn($$$ARGS)", "$L.warning($$$ARGS)"),
             ),
         ),
@@ -370,8 +382,16 @@ RULES = (
          return None
 """,
                 imports="from unittest.mock import Mock",
-                test_exception='log = Mock()\n«mod».«verb»_«noun»(log, Mock(), 0)\nlog.exception.assert_called_once_with("«word» failed")',
-                test_kept="«other» = Mock()\n«mod».«verb»_«noun»(Mock(), «other», 0)\n«other».error.assert_called_once_with(0)",
+                test_exception=(
+                    "log = Mock()\n"
+                    "«mod».«verb»_«noun»(log, Mock(), 0)\n"
+                    'log.exception.assert_called_once_with("«word» failed")'
+                ),
+                test_kept=(
+                    "«other» = Mock()\n"
+                    "«mod».«verb»_«noun»(Mock(), «other», 0)\n"
+                    "«other».error.assert_called_once_with(0)"
+                ),
                 overbroad=("$L.error($$$ARGS)", "$L.exception($$$ARGS)"),
             ),
         ),

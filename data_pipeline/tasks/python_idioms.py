@@ -170,7 +170,8 @@ RULES = (
      return «other»[key]
 """,
                 imports=(
-                    "\n\nclass Box:\n    __contains__ = None\n\n    def get(self, key, default):\n        return [key, default]\n"
+                    "\n\nclass Box:\n    __contains__ = None\n"
+                    "\n    def get(self, key, default):\n        return [key, default]\n"
                     "\n    def __getitem__(self, key):\n        return key"
                 ),
                 test_get='self.assertEqual(«mod».«verb»_«noun»(Box(), "k"), ["k", «n»])',
