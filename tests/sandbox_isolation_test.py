@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from srl_jax.records import TestSpec
 from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, cgroup, seccomp
 from srl_jax.sandbox.isolation import Jail, SlotPool, open_jail
 from srl_jax.sandbox.toolchain import Bind, cache_directory, find_toolchain
@@ -352,6 +353,23 @@ class TestSlots:
             group.close()
         assert big.returncode == -9
         assert b"fork" in many.stderr.lower()
+
+
+def test_without_a_control_group_memory_is_watched(monkeypatch):
+    monkeypatch.setattr("srl_jax.sandbox.isolation.open_cgroup", lambda *args, **kwargs: None)
+    body = (
+        "import os, time\nfor _ in range(6):\n"
+        "    if os.fork() == 0: hold = bytearray(b'x') * (50 << 20); time.sleep(60)\n"
+    )
+    with Sandbox(SandboxConfig(slot_memory_bytes=200 << 20)) as sandbox:
+        assert "control group" not in sandbox.isolation
+        started = time.monotonic()
+        hog = sandbox.run_tests({"test_a.py": body + "time.sleep(60)\n"}, TestSpec("unittest", (), ("test_a.py",)))
+        assert time.monotonic() - started < 10
+        assert hog.ended == "memory_limit"
+        modest = "import unittest\nclass T(unittest.TestCase):\n    def test_x(self): pass\n"
+        fine = sandbox.run_tests({"test_a.py": modest}, TestSpec("unittest", (), ("test_a.py",)))
+        assert fine.passed == ("test_a.T.test_x",)
 
 
 class TestDeath:

@@ -1,8 +1,8 @@
 """A control group per slot: memory (tmpfs included) and number of processes, bounded by the kernel over the whole run.
 
 Resource limits bound each process; only a control group bounds their sum.  Root on a machine with a writable v1 or v2
-hierarchy gets one; elsewhere the per-process limits, the namespace's process count and the tmpfs sizes are what holds,
-and `EnvReport.isolation` says so.
+hierarchy gets one; elsewhere the namespace's process count, the tmpfs sizes and a watch over the resident memory are
+what holds, and `EnvReport.isolation` says so.
 """
 
 from __future__ import annotations

@@ -173,6 +173,8 @@ def apply_action(
         return stop(Status.TIMEOUT, f"no answer in {limits.wall_s} s")
     if done.ended == "output_limit":
         return stop(Status.TOO_MANY, f"more than {limits.output_bytes} bytes of edits")
+    if done.ended == "memory_limit":
+        return stop(Status.CRASH, f"ast-grep used more than {slot.memory_bytes} bytes of memory")
     if done.exit_code != 0:
         said = done.stderr[-500:].decode("utf-8", "replace")
         return stop(Status.CRASH, f"the engine ended with {done.exit_code}: {said}")

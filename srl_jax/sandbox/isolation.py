@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -36,6 +37,7 @@ __all__ = ["Completed", "Jail", "Limits", "SandboxCrash", "SandboxUnavailable", 
 FIRST_UID, UID_COUNT = 64100, 800
 MAX_REPOSITORY_FILES = 512
 _TEARDOWN_S = 10.0
+_WATCH_S = 0.05
 # bwrap's own death by a signal, or its report that init got SIGKILL: nothing inside can do either to them.
 _KILLED_FROM_OUTSIDE = frozenset({*range(-64, 0), 128 + signal.SIGKILL})
 _OWN_VOICE = (b"bwrap: ", b"setpriv: ", b"enter: ")
@@ -73,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Completed:
-    """What came back from a run.  `ended` is "exit", "timeout" or "output_limit"; a killed guest has exit code < 0."""
+    """What came back from a run.  `ended` is "exit", "timeout", "output_limit" or "memory_limit"."""
 
     ended: str
     exit_code: int
@@ -88,6 +90,7 @@ class Slot:
 
     uid: int | None = None
     cgroup: Cgroup | None = None
+    memory_bytes: int = 2 << 30  # resident, over all processes; watched by polling where there is no control group
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,12 @@ class Jail:
             finally:
                 os.close(teller)
             with process:
+                init = _Init(told)
+                watched = None if slot.cgroup else slot.memory_bytes
                 try:
-                    ended, stdout, stderr = _converse(process, json.dumps(job).encode(), limits)
+                    ended, stdout, stderr = _converse(process, json.dumps(job).encode(), limits, init, watched)
                 finally:
-                    _end(process, told)
+                    _end(process, init)
             if process.returncode == ENTER_FAILED or (process.returncode and stderr.startswith(_OWN_VOICE)):
                 # Guests keep their own stderr from foreign code, so this is the isolation speaking.
                 raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
@@ -244,8 +249,10 @@ def _repository_options(files: Mapping[str, str], limits: Limits, memory: _Memor
     return [*options, "--remount-ro", "/repo"]
 
 
-def _converse(process: subprocess.Popen[bytes], data: bytes, limits: Limits) -> tuple[str, bytes, bytes]:
-    """Feed stdin and collect both outputs until the guest exits, the time is up or it has said too much."""
+def _converse(
+    process: subprocess.Popen[bytes], data: bytes, limits: Limits, init: _Init, watched: int | None
+) -> tuple[str, bytes, bytes]:
+    """Feed stdin and collect both outputs until the guest exits or has used up its time, output or `watched` memory."""
     deadline = time.monotonic() + limits.wall_s
     assert process.stdin and process.stdout and process.stderr
     collected = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -263,7 +270,10 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, limits: Limits) -> 
             if left <= 0:
                 ended = "timeout"
                 break
-            for key, _ in selector.select(left):
+            if watched is not None and init.resident_bytes() > watched:
+                ended = "memory_limit"
+                break
+            for key, _ in selector.select(left if watched is None else min(left, _WATCH_S)):
                 if key.fileobj is process.stdin:
                     try:
                         pending = pending[os.write(process.stdin.fileno(), pending[: 1 << 16]) :]
@@ -289,7 +299,7 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, limits: Limits) -> 
     return ended, bytes(collected[process.stdout]), bytes(collected[process.stderr])
 
 
-def _end(process: subprocess.Popen[bytes], told: int) -> None:
+def _end(process: subprocess.Popen[bytes], init: _Init) -> None:
     """Make sure that the whole namespace is gone.
 
     bwrap reaps its namespace's init, which the kernel lets die only after every process of the namespace; so init is
@@ -297,9 +307,9 @@ def _end(process: subprocess.Popen[bytes], told: int) -> None:
     """
     if process.poll() is not None:
         return
-    if init := _init_pid(told):
+    if init.pid:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(init, signal.SIGKILL)  # not yet reaped, since bwrap is alive: the number is still its own
+            os.kill(init.pid, signal.SIGKILL)  # not yet reaped, since bwrap is alive: the number is still its own
     else:
         process.kill()  # it never came to start a namespace, or has just ended
     try:
@@ -309,17 +319,36 @@ def _end(process: subprocess.Popen[bytes], told: int) -> None:
         raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s") from error
 
 
-def _init_pid(told: int) -> int | None:
-    """The host's number of the namespace's init, from bwrap's --info-fd; None when bwrap has not said it."""
-    os.set_blocking(told, False)
-    try:
-        said = os.read(told, 4096)
-    except BlockingIOError:
-        return None
-    try:
-        return int(json.loads(said)["child-pid"])
-    except (ValueError, KeyError):
-        return None
+class _Init:
+    """The namespace's first process as the host sees it; `told` is the reading end of bwrap's --info-fd."""
+
+    def __init__(self, told: int) -> None:
+        self._told = told
+        self._pid: int | None = None
+        os.set_blocking(told, False)
+
+    @property
+    def pid(self) -> int | None:
+        """Its number, or None when bwrap has not said it (yet)."""
+        if self._pid is None:
+            try:
+                self._pid = int(json.loads(os.read(self._told, 4096))["child-pid"])
+            except (BlockingIOError, ValueError, KeyError):
+                return None
+        return self._pid
+
+    def resident_bytes(self) -> int:
+        """Resident memory of every process of the namespace, all of which descend from this one; shared pages twice."""
+        if self.pid is None:
+            return 0
+        pages, waiting = 0, [self.pid]
+        while waiting:
+            folder = Path(f"/proc/{waiting.pop()}")
+            with contextlib.suppress(OSError, ValueError):  # it ended while being looked at
+                pages += int((folder / "statm").read_text().split()[1])
+                for children in folder.glob("task/*/children"):
+                    waiting += map(int, children.read_text().split())
+        return pages * resource.getpagesize()
 
 
 class SlotPool:
@@ -336,7 +365,7 @@ class SlotPool:
     def lease(self) -> Slot:
         """A slot that nobody else holds; raises SandboxUnavailable when all uids are taken."""
         if os.geteuid() != 0:
-            return Slot()
+            return Slot(memory_bytes=self._memory_bytes)
         for uid in range(FIRST_UID, FIRST_UID + UID_COUNT):
             claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
@@ -345,7 +374,7 @@ class SlotPool:
                 claim.close()
                 continue
             group = open_cgroup(str(uid), memory_bytes=self._memory_bytes, processes=self._processes)
-            slot = Slot(uid, group)
+            slot = Slot(uid, group, self._memory_bytes)
             self._held.append((claim, slot))
             return slot
         raise SandboxUnavailable("uid", f"all of {FIRST_UID}..{FIRST_UID + UID_COUNT - 1} are in use")

@@ -67,7 +67,9 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class TestOutcome:
-    """One test run.  `ended` is "finished", "cut" (the runner died or left early), "timeout" or "output_limit"."""
+    """One test run.  `ended` is "finished", "cut" (the runner died or left early), "timeout", "output_limit" or
+    "memory_limit".
+    """
 
     __test__ = False  # pytest would collect the class for its name
 
