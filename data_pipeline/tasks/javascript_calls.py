@@ -1,7 +1,7 @@
 """JavaScript rules that rename a call or change its arguments."""
 
 from data_pipeline.tasks.rule import Rule, Scene
-from data_pipeline.tasks.scene_tests import node_test_file
+from data_pipeline.tasks.scenes import node_test_file
 
 
 def _two_libraries(

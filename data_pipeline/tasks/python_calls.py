@@ -1,7 +1,7 @@
 """Python rules that rename a call or change its arguments."""
 
 from data_pipeline.tasks.rule import Rule, Scene
-from data_pipeline.tasks.scene_tests import unittest_file
+from data_pipeline.tasks.scenes import unittest_file
 
 TEST = "test_«mod».py"
 

@@ -1,21 +1,7 @@
-"""Python rules that swap an idiom, add a guard or modernise a type hint."""
+"""Python rules that swap one idiom for a better one."""
 
-from data_pipeline.tasks.rule import Rule, Scene
-from data_pipeline.tasks.scene_tests import unittest_file
-
-
-def _scene(
-    source: str,
-    *,
-    imports: str = "",
-    overbroad: tuple[str, str] | tuple[()] = (),
-    others: dict[str, str] | None = None,
-    **bodies: str,
-) -> Scene:
-    """A one-module scene; the tests import it and whatever `imports` adds."""
-    tests = {"test_«mod».py": unittest_file(f"import «mod»\n{imports}".rstrip(), **bodies)}
-    return Scene({"«mod».py": source, **(others or {})}, tests, overbroad)
-
+from data_pipeline.tasks.rule import Rule
+from data_pipeline.tasks.scenes import python_scene
 
 RULES = (
     Rule(
@@ -38,7 +24,7 @@ RULES = (
         keep="keep other length checks",
         real=r"\blen\(\w[\w.]*\) == 0",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(items):
 -    if len(items) == 0:
@@ -52,7 +38,7 @@ RULES = (
                 test_kept='self.assertEqual([«mod».«verb»_«noun»(["a"]), «mod».«verb»_«noun»("abc")], ["a", 3])',
                 overbroad=("len($X) == $N", "not $X"),
             ),
-            _scene(
+            python_scene(
                 """
  def «verb»_all(«noun», «noun2»):
 -    empty = len(«noun») == 0
@@ -86,7 +72,7 @@ RULES = (
         keep="keep other comparisons",
         real=r"\w == None\b",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(«noun», «field»):
 -    if «noun» == None:
@@ -121,7 +107,7 @@ RULES = (
         keep="keep other comparisons",
         real=r"\w != None\b",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(«noun», «field»):
 -    if «noun» != None:
@@ -159,7 +145,7 @@ RULES = (
         difficulty=2,
         real=r"\[\w+\] if \w+ in \w+ else",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(«other», key):
 -    return «other»[key] if key in «other» else «n»
@@ -202,7 +188,7 @@ RULES = (
         difficulty=3,
         real=r"type\(\w+\) == [A-Za-z]\w*\b(?!\()",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(a, b):
      same = type(a) == type(b)
@@ -238,7 +224,7 @@ RULES = (
         keep="keep values and items",
         real=r"list\(\w+\.keys\(\)\)",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(«other»):
 -    return list(«other».keys())
@@ -274,7 +260,7 @@ RULES = (
         keep="keep other reversed calls",
         real=r"reversed\(sorted\(\w+\)\)",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(items):
 -    return reversed(sorted(items))
@@ -310,7 +296,7 @@ RULES = (
         keep="keep binary opens",
         real=r"(?<![\w.])open\(\w+\)",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(path):
 -    with open(path) as file:
@@ -357,7 +343,7 @@ RULES = (
         keep="keep local times",
         real=r"datetime\.datetime\.utcnow\(\)",
         scenes=(
-            _scene(
+            python_scene(
                 """
  import datetime
  
@@ -396,7 +382,7 @@ RULES = (
         keep="keep time.sleep",
         real=r"\btime\.time\(\)",
         scenes=(
-            _scene(
+            python_scene(
                 """
  import time
  
@@ -442,7 +428,7 @@ RULES = (
         difficulty=2,
         real=r"\.startswith\(.+\) or \w+\.startswith\(",
         scenes=(
-            _scene(
+            python_scene(
                 """
  def «verb»_«noun»(text):
 -    return text.startswith("«word»") or text.startswith("«word2»")
@@ -459,329 +445,6 @@ RULES = (
                 test_one_call='«mod».«verb»_«noun»(Once("zzz"))\nself.assertEqual(Once.calls, 1)',
                 test_kept='self.assertTrue(«mod».hidden("«noun»") and «mod».hidden(".a"))',
                 overbroad=("$A or $B", 'text.startswith(("«word»", "«word2»"))'),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-get-default",
-        language="python",
-        kind="guard",
-        pattern="«other».get($K)",
-        replacement="«other».get($K, «n»)",
-        instructions=(
-            "Give `«other».get` the default `«n»` where it has none",
-            "Missing keys must count as «n»: add the default to `«other».get(key)`",
-            "Add the default `«n»` to one-argument calls of `«other».get`",
-            "`«other».get(key)` should fall back to `«n»`",
-        ),
-        think=(
-            "«other».get without a default gives None. Add «n» to one-argument calls; explicit defaults do not match.",
-            "Match get with one argument on «other» and append the default «n».",
-        ),
-        decision="default «other».get to «n»",
-        keep="keep explicit defaults",
-        scenes=(
-            _scene(
-                """
- def «verb»_«noun»(«other»):
--    total = «other».get("«field»") + 1
-+    total = «other».get("«field»", «n») + 1
-     extra = «other».get("«field2»", 0)
-     return total, extra
-""",
-                test_default="self.assertEqual(«mod».«verb»_«noun»({}), («n» + 1, 0))",
-                test_present='self.assertEqual(«mod».«verb»_«noun»({"«field»": 2, "«field2»": 5}), (3, 5))',
-                overbroad=("«other».get($K, $$$REST)", "«other».get($K, «n»)"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-guard-none",
-        language="python",
-        kind="guard",
-        pattern="return «noun».«field»",
-        replacement="return «noun».«field» if «noun» else None",
-        instructions=(
-            "Return None when `«noun»` is missing instead of reading `«noun».«field»`",
-            "Guard `return «noun».«field»` against a missing `«noun»`",
-            "`«noun»` may be None: return `«noun».«field»` only if it is there",
-            "Make `return «noun».«field»` safe when `«noun»` is None",
-        ),
-        think=(
-            "«noun» may be None, so return «field» only if it is there and None otherwise.",
-            "Match the return of «noun».«field» and add a condition on «noun».",
-        ),
-        decision="guard «noun» against None",
-        keep="keep other returns",
-        scenes=(
-            _scene(
-                """
- def «field»_of(«noun»):
--    return «noun».«field»
-+    return «noun».«field» if «noun» else None
- 
- 
- def «field2»_of(«noun»):
-     return «noun».«field2»
-""",
-                imports="from types import SimpleNamespace",
-                test_guard="self.assertIsNone(«mod».«field»_of(None))",
-                test_kept=(
-                    "with self.assertRaises(AttributeError):\n    «mod».«field2»_of(None)\n"
-                    "self.assertEqual(«mod».«field»_of(SimpleNamespace(«field»=«n»)), «n»)"
-                ),
-                overbroad=("return «noun».$F", "return «noun».$F if «noun» else None"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-guard-division",
-        language="python",
-        kind="guard",
-        pattern="return $A / $B",
-        replacement="return $A / $B if $B else 0",
-        instructions=(
-            "Return 0 instead of dividing by zero in `return a / b`",
-            "Guard returned divisions: 0 when the divisor is 0",
-            "`return a / b` must give 0 when `b` is 0",
-            "Make returned quotients `a / b` safe for a zero divisor by returning 0",
-        ),
-        think=(
-            "A zero divisor raises. Bind both operands and return 0 when the divisor is zero.",
-            "Match returned true divisions and add a condition on the divisor.",
-        ),
-        decision="return 0 for zero divisors",
-        keep="keep floor divisions",
-        difficulty=2,
-        scenes=(
-            _scene(
-                """
- def «field»_rate(«noun», «noun2»):
--    return «noun» / «noun2»
-+    return «noun» / «noun2» if «noun2» else 0
- 
- 
- def pages(«noun»):
-     half = «noun» / 2
-     return half // «n»
-""",
-                test_zero="self.assertEqual(«mod».«field»_rate(«n», 0), 0)",
-                test_kept="self.assertEqual((«mod».pages(4 * «n»), «mod».«field»_rate(6, 4)), (2, 1.5))",
-                overbroad=("$A / $B", "0"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-environ-get",
-        language="python",
-        kind="guard",
-        pattern="os.environ[$K]",
-        replacement='os.environ.get($K, "")',
-        instructions=(
-            'Read `os.environ[name]` with `os.environ.get(name, "")`',
-            "Missing environment variables must read as an empty string",
-            'Replace `os.environ[k]` by `os.environ.get(k, "")`',
-            'Unset variables crash `os.environ[k]`; use `os.environ.get(k, "")`',
-        ),
-        think=(
-            "A missing variable raises KeyError; get with an empty default does not.",
-            "Match lookups in os.environ only and give them an empty default.",
-        ),
-        decision="default environment variables",
-        keep="keep other lookups",
-        real=r"[=(] ?os\.environ\[",
-        scenes=(
-            _scene(
-                """
- import os
- 
- 
- def «verb»_«noun»(«other»):
--    user = os.environ["«NOUN»_USER"]
-+    user = os.environ.get("«NOUN»_USER", "")
-     return user, «other»["«field»"]
-""",
-                test_missing='self.assertEqual(«mod».«verb»_«noun»({"«field»": «n»}), ("", «n»))',
-                test_kept="with self.assertRaises(KeyError):\n    «mod».«verb»_«noun»({})",
-                overbroad=("$D[$K]", '$D.get($K, "")'),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-next-default",
-        language="python",
-        kind="guard",
-        pattern="next($I)",
-        replacement="next($I, None)",
-        instructions=(
-            "Give `next` the default None where it has none",
-            "An empty iterator must give None: `next(it)` becomes `next(it, None)`",
-            "Add the default `None` to one-argument calls of `next`",
-            "Use `next(it, None)` instead of `next(it)`",
-        ),
-        think=(
-            "next without a default raises on an empty iterator. Add None to one-argument calls.",
-            "Match next with one argument and append None; explicit defaults do not match.",
-        ),
-        decision="default next to None",
-        keep="keep explicit defaults",
-        real=r"(?<![\w.])next\(\w+\)",
-        scenes=(
-            _scene(
-                """
- def «verb»_«noun»(rows):
--    head = next(rows)
-+    head = next(rows, None)
-     second = next(rows, «n»)
-     return head, second
-""",
-                test_empty="self.assertEqual(«mod».«verb»_«noun»(iter([])), (None, «n»))",
-                test_kept="self.assertEqual(«mod».«verb»_«noun»(iter([1, 2])), (1, 2))",
-                overbroad=("next($I, $$$REST)", "next($I, None)"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-optional-hint",
-        language="python",
-        kind="types",
-        pattern="$N: Optional[$T] = $V",
-        replacement="$N: $T | None = $V",
-        instructions=(
-            "Write `T | None` instead of `Optional[T]` in annotated assignments",
-            "Modernise `x: Optional[T] = v` to `x: T | None = v`",
-            "Replace `Optional[T]` with `T | None` in variable annotations",
-            "`Optional` is gone from the imports; annotate with `T | None`",
-        ),
-        think=(
-            "Optional of T is T or None. Bind name, type and value of the annotated assignment.",
-            "Match the whole annotated assignment and write its type with a bar.",
-        ),
-        decision="write hints as T | None",
-        keep="keep other annotations",
-        difficulty=2,
-        real=r"^ *\w+: Optional\[",
-        scenes=(
-            _scene(
-                """
- class «Noun»:
--    «field»: Optional[int] = «n»
--    «field2»: Optional[str] = None
-+    «field»: int | None = «n»
-+    «field2»: str | None = None
-     rows: list[int] = [«n2»]
-""",
-                test_hints=(
-                    'self.assertEqual(«mod».«Noun».__annotations__["«field»"], int | None)\n'
-                    'self.assertEqual(«mod».«Noun».__annotations__["«field2»"], str | None)'
-                ),
-                test_kept='self.assertEqual(«mod».«Noun».__annotations__["rows"], list[int])',
-                overbroad=("$N: $T = $V", "$N: int | None = $V"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-list-hint",
-        language="python",
-        kind="types",
-        pattern="List[$T]",
-        replacement="list[$T]",
-        instructions=(
-            "Use the builtin `list[T]` instead of `List[T]` in type aliases",
-            "Replace `List[T]` with `list[T]`",
-            "Modernise the alias `List[T]` to `list[T]`",
-            "`typing.List` is deprecated; write `list[T]`",
-        ),
-        think=(
-            "The builtin list takes a type since Python 3.9, so List of T becomes list of T.",
-            "Bind the element type and use the builtin list.",
-        ),
-        decision="use builtin list hints",
-        keep="keep ordinary indexing",
-        real=r"= List\[",
-        scenes=(
-            _scene(
-                """
--«Noun»Ids = List[int]
--«Noun»Names = List[str]
-+«Noun»Ids = list[int]
-+«Noun»Names = list[str]
- TABLE = [«n», «n2»]
- LAST = TABLE[1]
-""",
-                test_alias="self.assertEqual((«mod».«Noun»Ids, «mod».«Noun»Names), (list[int], list[str]))",
-                test_kept="self.assertEqual(«mod».LAST, «n2»)",
-                overbroad=("$A[$T]", "list[$T]"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-dict-hint",
-        language="python",
-        kind="types",
-        pattern="Dict[$K, $V]",
-        replacement="dict[$K, $V]",
-        instructions=(
-            "Use the builtin `dict[K, V]` instead of `Dict[K, V]` in type aliases",
-            "Replace `Dict[K, V]` with `dict[K, V]`",
-            "Modernise the alias `Dict[K, V]` to `dict[K, V]`",
-            "`typing.Dict` is deprecated; write `dict[K, V]`",
-        ),
-        think=(
-            "The builtin dict takes types since Python 3.9, so Dict becomes dict.",
-            "Bind key and value type and use the builtin dict.",
-        ),
-        decision="use builtin dict hints",
-        keep="keep ordinary indexing",
-        real=r"= Dict\[",
-        scenes=(
-            _scene(
-                """
--«Noun»Map = Dict[str, int]
--«Noun»Names = Dict[int, str]
-+«Noun»Map = dict[str, int]
-+«Noun»Names = dict[int, str]
- GRID = {(1, 2): «n»}
- CORNER = GRID[1, 2]
-""",
-                test_alias="self.assertEqual((«mod».«Noun»Map, «mod».«Noun»Names), (dict[str, int], dict[int, str]))",
-                test_kept="self.assertEqual(«mod».CORNER, «n»)",
-                overbroad=("$A[$K, $V]", "dict[$K, $V]"),
-            ),
-        ),
-    ),
-    Rule(
-        name="python-union-hint",
-        language="python",
-        kind="types",
-        pattern="Union[$A, $B]",
-        replacement="$A | $B",
-        instructions=(
-            "Write `A | B` instead of `Union[A, B]` in type aliases",
-            "Replace `Union[A, B]` with `A | B`",
-            "Modernise the alias `Union[A, B]` to `A | B`",
-            "`Union` is gone from the imports; join two types with `|`",
-        ),
-        think=(
-            "A union of two types is written with a bar since Python 3.10.",
-            "Bind the two types and join them with a bar.",
-        ),
-        decision="write unions as A | B",
-        keep="keep ordinary indexing",
-        real=r"= Union\[",
-        scenes=(
-            _scene(
-                """
--«Noun»Key = Union[int, str]
--«Noun»Size = Union[int, float]
-+«Noun»Key = int | str
-+«Noun»Size = int | float
- GRID = {(1, 2): «n»}
- CORNER = GRID[1, 2]
-""",
-                test_alias="self.assertEqual((«mod».«Noun»Key, «mod».«Noun»Size), (int | str, int | float))",
-                test_kept="self.assertEqual(«mod».CORNER, «n»)",
-                overbroad=("$A[$K, $V]", "$K | $V"),
             ),
         ),
     ),

@@ -3,146 +3,39 @@
 import random
 from collections.abc import Sequence
 
-NOUNS = [
-    "order",
-    "user",
-    "invoice",
-    "ticket",
-    "room",
-    "parcel",
-    "recipe",
-    "song",
-    "player",
-    "course",
-    "coupon",
-    "device",
-    "flight",
-    "garden",
-    "hotel",
-    "image",
-    "letter",
-    "market",
-    "meal",
-    "member",
-    "message",
-    "movie",
-    "page",
-    "patient",
-    "payment",
-    "photo",
-    "plan",
-    "planet",
-    "post",
-    "price",
-    "product",
-    "profile",
-    "project",
-    "receipt",
-    "record",
-    "review",
-    "route",
-    "seat",
-    "sensor",
-    "shop",
-    "signal",
-    "student",
-    "survey",
-    "task",
-    "team",
-    "token",
-    "trip",
-    "vendor",
-    "video",
-    "wallet",
-    "zone",
-    "account",
-    "badge",
-    "banner",
-    "basket",
-    "batch",
-    "book",
-    "branch",
-    "bucket",
-    "camera",
-    "card",
-    "cargo",
-    "chart",
-]
-VERBS = [
-    "load",
-    "fetch",
-    "find",
-    "read",
-    "send",
-    "save",
-    "build",
-    "parse",
-    "count",
-    "check",
-    "make",
-    "pick",
-    "get",
-    "store",
-    "open",
-    "sync",
-    "draw",
-    "list",
-    "scan",
-    "move",
-]
-MODULES = [
-    "app",
-    "service",
-    "report",
-    "jobs",
-    "views",
-    "main",
-    "worker",
-    "checkout",
-    "billing",
-    "portal",
-    "console",
+NOUNS = (
+    "order", "user", "invoice", "ticket", "room", "parcel", "recipe", "song", "player", "course", "coupon",
+    "device", "flight", "garden", "hotel", "image", "letter", "market", "meal", "member", "message", "movie",
+    "page", "patient", "payment", "photo", "plan", "planet", "post", "price", "product", "profile", "project",
+    "receipt", "record", "review", "route", "seat", "sensor", "shop", "signal", "student", "survey", "task", "team",
+    "token", "trip", "vendor", "video", "wallet", "zone", "account", "badge", "banner", "basket", "batch", "book",
+    "branch", "bucket", "camera", "card", "cargo", "chart",
+)  # fmt: skip
+VERBS = (
+    "load", "fetch", "find", "read", "send", "save", "build", "parse", "count", "check", "make", "pick", "get",
+    "store", "open", "sync", "draw", "list", "scan", "move",
+)  # fmt: skip
+MODULES = (
+    "app", "service", "report", "jobs", "views", "main", "worker", "checkout", "billing", "portal", "console",
     "intake",
-]
-LIBRARIES = ["db", "api", "client", "repo", "backend", "gateway", "registry", "catalog", "ledger", "archive", "depot"]
-OTHERS = ["cache", "index", "audit", "mirror", "mailer", "shadow", "relay", "broker"]
-FIELDS = [
-    "name",
-    "title",
-    "size",
-    "total",
-    "status",
-    "color",
-    "weight",
-    "level",
-    "owner",
-    "label",
-    "amount",
-    "city",
-    "score",
-    "rank",
-    "email",
-    "phase",
-]
-KEYWORDS = ["limit", "depth", "width", "timeout", "retries", "count", "offset", "page", "speed", "rate"]
-WORDS = [
-    "blue",
-    "red",
-    "north",
-    "south",
-    "alpha",
-    "delta",
-    "gold",
-    "silver",
-    "small",
-    "large",
-    "fast",
-    "slow",
-    "open",
-    "closed",
-    "draft",
-    "final",
-]
+)  # fmt: skip
+LIBRARIES = (
+    "db", "api", "client", "repo", "backend", "gateway", "registry", "catalog", "ledger", "archive", "depot",
+)  # fmt: skip
+OTHERS = (
+    "cache", "index", "audit", "mirror", "mailer", "shadow", "relay", "broker",
+)  # fmt: skip
+FIELDS = (
+    "name", "title", "size", "total", "status", "color", "weight", "level", "owner", "label", "amount", "city",
+    "score", "rank", "email", "phase",
+)  # fmt: skip
+KEYWORDS = (
+    "limit", "depth", "width", "timeout", "retries", "count", "offset", "page", "speed", "rate",
+)  # fmt: skip
+WORDS = (
+    "blue", "red", "north", "south", "alpha", "delta", "gold", "silver", "small", "large", "fast", "slow", "open",
+    "closed", "draft", "final",
+)  # fmt: skip
 
 
 def _distinct(rng: random.Random, pool: Sequence[str], prefix: str, count: int) -> dict[str, str]:

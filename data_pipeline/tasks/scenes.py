@@ -1,0 +1,50 @@
+"""How scenes are put together: test files from one-idea bodies, and the common shape of one module with its tests."""
+
+from textwrap import indent
+
+from data_pipeline.tasks.rule import Scene
+
+
+def unittest_file(imports: str, **bodies: str) -> str:
+    """A unittest module: `imports`, then one `RewriteTest` method per keyword (its name) with that body."""
+    methods = [f"    def {name}(self):\n{indent(body, ' ' * 8)}\n" for name, body in bodies.items()]
+    return f"import unittest\n\n{imports}\n\n\nclass RewriteTest(unittest.TestCase):\n" + "\n".join(methods)
+
+
+def node_test_file(imports: str, **bodies: str) -> str:
+    """A CommonJS `node --test` file: `imports`, then one `test` per keyword (its name, "_" read as a space)."""
+    head = f'const {{ test }} = require("node:test");\nconst assert = require("node:assert/strict");\n{imports}\n'
+    cases = [
+        f'\ntest("{name.replace("_", " ")}", async () => {{\n{indent(body, "  ")}\n}});\n'
+        for name, body in bodies.items()
+    ]
+    return head + "".join(cases)
+
+
+def python_scene(
+    source: str,
+    *,
+    imports: str = "",
+    overbroad: tuple[str, str] | tuple[()] = (),
+    others: dict[str, str] | None = None,
+    **bodies: str,
+) -> Scene:
+    """A one-module scene; the tests import it and whatever `imports` adds."""
+    tests = {"test_«mod».py": unittest_file(f"import «mod»\n{imports}".rstrip(), **bodies)}
+    return Scene({"«mod».py": source, **(others or {})}, tests, overbroad)
+
+
+def javascript_scene(
+    source: str,
+    exports: str,
+    *,
+    overbroad: tuple[str, str] | tuple[()] = (),
+    others: dict[str, str] | None = None,
+    setup: str = "",
+    **bodies: str,
+) -> Scene:
+    """A one-module scene that exports the comma-separated names `exports`; `setup` runs before the tests."""
+    text = source.rstrip("\n") + f"\n \n module.exports = {{ {exports} }};\n"
+    imports = f'const {{ {exports} }} = require("./«mod»");\n{setup}'.rstrip()
+    tests = {"«mod».test.js": node_test_file(imports, **bodies)}
+    return Scene({"«mod».js": text, **(others or {})}, tests, overbroad)
