@@ -219,7 +219,7 @@ ATTACKS = [
     # Gaming the verdict.
     Attack("leave early", "os._exit(0)", STOPPED),
     Attack("exit by exception", "sys.exit(0)", STOPPED),
-    Attack("forge blindly", "os.write(3, b'{\"id\": \"forged\", \"outcome\": \"passed\"}\\n'); os._exit(0)", STOPPED),
+    Attack("forge blindly", 'os.write(3, b\'{"id": "forged", "outcome": "passed"}\\n\'); os._exit(0)', STOPPED),
     Attack(
         "guess the nonce from the outside",
         "import json\n"

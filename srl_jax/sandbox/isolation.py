@@ -270,7 +270,7 @@ def _converse(
             if left <= 0:
                 ended = "timeout"
                 break
-            if watched is not None and init.resident_bytes() > watched:
+            if watched is not None and init.uses_more_than(watched):
                 ended = "memory_limit"
                 break
             for key, _ in selector.select(left if watched is None else min(left, _WATCH_S)):
@@ -337,18 +337,37 @@ class _Init:
                 return None
         return self._pid
 
-    def resident_bytes(self) -> int:
-        """Resident memory of every process of the namespace, all of which descend from this one; shared pages twice."""
+    def uses_more_than(self, limit: int) -> bool:
+        """Whether the processes of the namespace, all of which descend from this one, hold more memory than that.
+
+        Anonymous pages are added up first, which is cheap and counts what forks share several times; only when that
+        is too much are shared pages divided among their owners.  (The tmpfs mounts have their own bounds.)
+        """
         if self.pid is None:
-            return 0
-        pages, waiting = 0, [self.pid]
+            return False
+        private: dict[Path, int] = {}
+        waiting = [self.pid]
         while waiting:
             folder = Path(f"/proc/{waiting.pop()}")
             with contextlib.suppress(OSError, ValueError):  # it ended while being looked at
-                pages += int((folder / "statm").read_text().split()[1])
+                resident, shared = (folder / "statm").read_text().split()[1:3]
+                private[folder] = (int(resident) - int(shared)) * resource.getpagesize()
                 for children in folder.glob("task/*/children"):
                     waiting += map(int, children.read_text().split())
-        return pages * resource.getpagesize()
+        if sum(private.values()) <= limit:
+            return False
+        return sum(_proportional_bytes(folder, otherwise=size) for folder, size in private.items()) > limit
+
+
+def _proportional_bytes(folder: Path, otherwise: int) -> int:
+    """A process's share of memory, from its folder in /proc; `otherwise` when it hides that by being undumpable."""
+    try:
+        lines = (folder / "smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    except OSError:
+        return otherwise
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 class SlotPool:
