@@ -7,7 +7,6 @@ the same seed gives the same bytes whatever the number of workers.
 import dataclasses
 import itertools
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,10 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from data_pipeline.config import DataSetConfig, validate
+from data_pipeline.offers import generated_drafts, quotas, real_candidates
 from data_pipeline.quality import THRESHOLD, trace_quality
 from data_pipeline.splits import SPLITS, split_rules
 from data_pipeline.tasks.catalogue import CATALOGUE
-from data_pipeline.tasks.generated import generate
 from data_pipeline.tasks.real import default_roots, real_draft, source_files
 from data_pipeline.tasks.rule import Draft, Rule
 from data_pipeline.teacher import OracleTeacher, Teacher
@@ -31,10 +30,14 @@ from data_pipeline.write import FORMAT, begin, commit, file_entry, write_raw, wr
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION, SourceFile, TeacherRecord, Versions
 from srl_jax.rewards import REWARD_VERSION
+from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 
 # Generated tasks cost nothing until they are executed; some are dropped (too long, duplicate), so more are offered.
 OFFERED = 5
+# The sandbox may be killed from outside, which says nothing about the step.
+ATTEMPTS = 3
+_RUNNERS = {"python": "unittest", "javascript": "node"}
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -67,53 +70,12 @@ class Rejections:
         return {name: dict(sorted(counts.items())) for name, counts in sorted(self._counts.items())}
 
 
-def quotas(config: DataSetConfig) -> dict[tuple[str, str], int]:
-    """(split, slice) -> records wanted; languages share a split evenly, the first ones taking the remainder."""
-    wanted = {}
-    for split in SPLITS:
-        total, count = getattr(config, split), len(config.languages)
-        for position, language in enumerate(config.languages):
-            share = total // count + (position < total % count)
-            real = round(share * config.real_share)
-            wanted[split, f"{language}/generated"] = share - real
-            wanted[split, f"{language}/real"] = real
-    return wanted
-
-
-def generated_drafts(rules: Sequence[Rule], count: int, seed: int, max_excerpt: int) -> Iterator[Draft]:
-    """At most `count` generated tasks, going round the rules that have scenes."""
-    usable = [rule for rule in rules if rule.scenes]
-    for index in range(count if usable else 0):
-        yield generate(usable[index % len(usable)], index // len(usable), seed, max_excerpt)
-
-
-def real_candidates(
-    rules: Mapping[str, Sequence[Rule]], wanted: Mapping[str, int], files: Iterable[tuple[str, str]]
-) -> dict[str, list[tuple[Rule, str, str]]]:
-    """split -> (rule, path, text) whose hint matches; no rule gets more than three times its even share."""
-    found: dict[str, list[tuple[Rule, str, str]]] = {split: [] for split in rules}
-    hints = {
-        split: [(rule, re.compile(rule.real, re.M)) for rule in group if rule.real] for split, group in rules.items()
-    }
-    taken: Counter[str] = Counter()
-    for path, text in files:
-        for split, group in hints.items():
-            limit = max(2, 3 * wanted[split] // max(1, len(group)))
-            for rule, hint in group:
-                if len(found[split]) < 2 * wanted[split] and taken[rule.name] < limit and hint.search(text):
-                    taken[rule.name] += 1
-                    found[split].append((rule, path, text))
-                    break  # one task a file: near-duplicates teach nothing
-        if all(len(found[split]) >= 2 * wanted[split] for split in rules):
-            break
-    return found
-
-
 class Run:
     """The stages with what they share: sandbox, threads, progress, counts."""
 
     def __init__(self, config: DataSetConfig, sandbox: Sandbox, teacher: Teacher, progress: Progress) -> None:
         self.config, self.sandbox, self.teacher, self.progress = config, sandbox, teacher, progress
+        self.languages = [language for language in config.languages if _RUNNERS[language] in sandbox.runners]
         self.rejections = Rejections()
         self.raw: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._seen: set[tuple[str, tuple[SourceFile, ...]]] = set()
@@ -144,8 +106,8 @@ class Run:
         for split, candidates in found.items():
             made = self.each(
                 f"real {language} {split}",
-                lambda numbered: real_draft(
-                    *numbered[1], numbered[0], config.seed, self.sandbox.apply, config.max_excerpt
+                lambda numbered: retried(
+                    lambda: real_draft(*numbered[1], numbered[0], config.seed, self.sandbox.apply, config.max_excerpt)
                 ),
                 list(enumerate(candidates)),
             )
@@ -183,7 +145,7 @@ class Run:
 
     def _judge(self, draft: Draft) -> Step:
         text = self.teacher.write(draft)
-        return Step(draft, text, check_step(draft, text, self.sandbox, self.config.max_trace))
+        return retried(lambda: Step(draft, text, check_step(draft, text, self.sandbox, self.config.max_trace)))
 
     def _is_new(self, draft: Draft) -> bool:
         key = (draft.task.instruction, draft.task.context)
@@ -199,87 +161,104 @@ class Run:
         embeddings = embedder.embed([step.verdict.trace.think for step in steps])
         records = []
         for step, embedding in zip(steps, embeddings, strict=True):
-            quality = trace_quality(step.verdict.trace, step.verdict.env_report)
+            report = step.verdict.env_report
+            quality = trace_quality(step.verdict.trace, report)
             if quality < THRESHOLD:
                 self.rejections.add(slice_name, Drop.LOW_QUALITY)
-                continue
-            records.append(
-                TeacherRecord(
-                    step.draft.task, step.text, embedding, quality, step.verdict.env_report, versions, self.teacher.name
+            else:
+                records.append(
+                    TeacherRecord(step.draft.task, step.text, embedding, quality, report, versions, self.teacher.name)
                 )
-            )
         return records
+
+    def all_steps(self, rules: Mapping[str, Sequence[Rule]]) -> dict[tuple[str, str], list[Step]]:
+        """(split, slice) -> kept steps. Training comes first, so that a duplicate is dropped from what is held out."""
+        wanted, config = quotas(self.config), self.config
+        real = {
+            language: self.real_drafts(language, rules, {split: wanted[split, f"{language}/real"] for split in SPLITS})
+            for language in self.languages
+        }
+        steps = {}
+        for split, language in itertools.product(SPLITS, self.languages):
+            own = [rule for rule in rules[split] if rule.language == language]
+            generated, found = f"{language}/generated", f"{language}/real"
+            offered = generated_drafts(own, OFFERED * wanted[split, generated], config.seed, config.max_excerpt)
+            steps[split, generated] = self.steps(split, generated, offered, wanted[split, generated])
+            steps[split, found] = self.steps(split, found, real[language][split], wanted[split, found])
+        return steps
+
+    def write_records(
+        self, folder: Path, steps: Mapping[tuple[str, str], Sequence[Step]], embedder: Embeds
+    ) -> dict[str, dict[str, Any]]:
+        """Scores and writes every slice that has records; split -> slice -> the manifest's entry."""
+        wanted, entries = quotas(self.config), {split: {} for split in SPLITS}
+        task = self.progress.add_task("embed rationales", total=sum(map(len, steps.values())))
+        for (split, slice_name), kept in steps.items():
+            records = self.records(slice_name, kept, embedder)
+            self.progress.advance(task, len(kept))
+            if records:
+                shards = write_shards(folder / split, slice_name, records, self.config.records_per_shard)
+                counts = {"records": len(records), "wanted": wanted[split, slice_name]}
+                entries[split][slice_name] = {**counts, "shards": shards}
+        return entries
+
+    def write_raw_output(self, folder: Path) -> list[dict[str, Any]]:
+        """Writes what the teacher said, kept or not; the manifest's entries."""
+        entries = []
+        for split, lines in self.raw.items():
+            path = folder / "raw" / f"{split}.jsonl.gz"
+            write_raw(path, lines)
+            entries.append({**file_entry(path, folder), "records": len(lines)})
+        return entries
 
 
 def prepare(
     config: DataSetConfig, out: Path, *, teacher: Teacher | None = None, embedder: Embeds | None = None
 ) -> dict[str, Any]:
-    """Builds the data set in `out` and returns its manifest. DataError for a bad configuration or target."""
+    """Builds the data set in `out` and returns its manifest.
+
+    Raises DataError for a bad configuration or target, SandboxUnavailable where nothing can be executed safely. A
+    language whose tests this machine cannot run is left out and named in the manifest.
+    """
     validate(config)
-    teacher = teacher or OracleTeacher()
     rules = split_rules([rule for rule in CATALOGUE if rule.language in config.languages], config.seed)
     partial = begin(out)
-    wanted = quotas(config)
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Sandbox(SandboxConfig(slots=config.workers)) as sandbox, Progress(*columns) as progress:
-        run = Run(config, sandbox, teacher, progress)
-        languages = [language for language in config.languages if _runner(language) in sandbox.runners]
-        missing = sorted(set(config.languages) - set(languages))
-        real = {
-            language: run.real_drafts(language, rules, {split: wanted[split, f"{language}/real"] for split in SPLITS})
-            for language in languages
-        }
-        steps: dict[tuple[str, str], list[Step]] = {}
-        for split, language in itertools.product(SPLITS, languages):
-            own = [rule for rule in rules[split] if rule.language == language]
-            number = wanted[split, f"{language}/generated"]
-            drafts = {
-                f"{language}/generated": generated_drafts(own, OFFERED * number, config.seed, config.max_excerpt),
-                f"{language}/real": real[language][split],
-            }
-            for slice_name, candidates in drafts.items():
-                steps[split, slice_name] = run.steps(split, slice_name, candidates, wanted[split, slice_name])
-        embedder = embedder or load_embedder()
-        task = progress.add_task("embed rationales", total=sum(map(len, steps.values())))
-        splits: dict[str, Any] = {
-            split: {"rules": [rule.name for rule in rules[split]], "slices": {}} for split in SPLITS
-        }
-        for (split, slice_name), kept in steps.items():
-            records = run.records(slice_name, kept, embedder)
-            progress.advance(task, len(kept))
-            if records:
-                shards = write_shards(partial / split, slice_name, records, config.records_per_shard)
-                splits[split]["slices"][slice_name] = {
-                    "records": len(records), "wanted": wanted[split, slice_name], "shards": shards
-                }  # fmt: skip
-        raw = []
-        for split, lines in run.raw.items():
-            path = partial / "raw" / f"{split}.jsonl.gz"
-            write_raw(path, lines)
-            raw.append({**file_entry(path, partial), "records": len(lines)})
+        run = Run(config, sandbox, teacher or OracleTeacher(), progress)
+        steps = run.all_steps(rules)
+        entries = run.write_records(partial, steps, embedder or load_embedder())
         manifest = {
             "format": FORMAT,
             "schema": SCHEMA_VERSION,
             "reward": REWARD_VERSION,
             "dataset": config.tag,
-            "teacher": teacher.name,
+            "teacher": run.teacher.name,
             "seed": config.seed,
             "config": _plain_config(config),
-            "languages_left_out": missing,
-            "splits": splits,
+            "languages_left_out": sorted(set(config.languages) - set(run.languages)),
+            "splits": {
+                split: {"rules": [rule.name for rule in rules[split]], "slices": entries[split]} for split in SPLITS
+            },
             "rejections": run.rejections.to_dict(),
-            "raw": raw,
+            "raw": run.write_raw_output(partial),
             "tools": sandbox.versions,
         }
     commit(partial, out, manifest)
     return manifest
 
 
+def retried(action: Callable[[], R]) -> R:
+    """`action()`, up to `ATTEMPTS` times while the sandbox itself crashes."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except SandboxCrash:
+            continue
+    return action()
+
+
 def _plain_config(config: DataSetConfig) -> dict[str, Any]:
     """What decides the bytes, as JSON data: everything but the number of workers."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if key != "workers"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _runner(language: str) -> str:
-    return "unittest" if language == "python" else "node"

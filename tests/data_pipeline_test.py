@@ -15,7 +15,8 @@ from data_pipeline.config import DataSetConfig
 from data_pipeline.config import validate as validate_config
 from data_pipeline.errors import DataError
 from data_pipeline.load import read_manifest, read_split, verify
-from data_pipeline.pipeline import prepare, quotas
+from data_pipeline.offers import quotas
+from data_pipeline.pipeline import ATTEMPTS, prepare, retried
 from data_pipeline.quality import agreement, length_score, trace_quality
 from data_pipeline.splits import SPLITS
 from data_pipeline.tasks.catalogue import rule_named
@@ -27,6 +28,7 @@ from data_pipeline.validate import Drop, validate
 from data_pipeline.write import begin
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SourceFile
+from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 from srl_jax.trace import Action, StateUpdate, Trace, parse_trace, render_trace
 
@@ -314,6 +316,21 @@ def test_the_launch_file_ends_mistakes_in_one_line(tmp_path):
     assert foreign.returncode == 2 and "holds no data set" in foreign.stderr.splitlines()[-1]
     assert launch("--config.trian=3", f"--out={tmp_path}/x").returncode != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt"]
+
+
+def test_a_crash_of_the_sandbox_is_retried_and_at_last_raised():
+    outcomes = iter([SandboxCrash("killed"), SandboxCrash("killed"), "fine"])
+
+    def action():
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert ATTEMPTS == 3 and retried(action) == "fine"
+    outcomes = iter([SandboxCrash(str(number)) for number in range(9)])
+    with pytest.raises(SandboxCrash, match="2"):
+        retried(action)
 
 
 def test_quotas_add_up():
