@@ -28,7 +28,7 @@ from data_pipeline.validate import Drop, Verdict
 from data_pipeline.validate import validate as check_step
 from data_pipeline.write import FORMAT, begin, commit, file_entry, write_raw, write_shards
 from srl_jax.embedding import load_embedder
-from srl_jax.records import SCHEMA_VERSION, SourceFile, TeacherRecord, Versions
+from srl_jax.records import SCHEMA_VERSION, TeacherRecord, Versions
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
@@ -78,7 +78,7 @@ class Run:
         self.languages = [language for language in config.languages if _RUNNERS[language] in sandbox.runners]
         self.rejections = Rejections()
         self.raw: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self._seen: set[tuple[str, tuple[SourceFile, ...]]] = set()
+        self._seen: set[tuple[str, ...]] = set()
 
     def each(self, title: str, action: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         """`action` over `items` on the workers, results in order, with a progress bar."""
@@ -148,7 +148,8 @@ class Run:
         return retried(lambda: Step(draft, text, check_step(draft, text, self.sandbox, self.config.max_trace)))
 
     def _is_new(self, draft: Draft) -> bool:
-        key = (draft.task.instruction, draft.task.context)
+        # Not the path: packages ship the same file twice (commonjs and esm).
+        key = (draft.rule.name, *(file.text for file in draft.task.context))
         if key in self._seen:
             self.rejections.add(draft.task.slice, Drop.DUPLICATE)
             return False

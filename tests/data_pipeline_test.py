@@ -165,6 +165,8 @@ def test_real_code_that_makes_no_task_says_why(sandbox):
     assert attempt("python-len-zero", '"""len(x) == 0"""\n') == "action:no_match"
     assert attempt("python-len-zero", "a = len(x) == 0\n" * 7) == "too_many_matches"
     assert attempt("python-len-zero", f"a = len(x) == 0 or {'y' * 200}\n") == "long_line"
+    assert attempt("python-delete-print", "def f(x):\n    if x:\n        print(x)\n") == "action:unparsable_after"
+    assert attempt("python-environ-get", "a = os.environ['x']\ndel os.environ['x']\n") == "does_not_parse"
     assert attempt("python-environ-get", "a = b = os.environ['x'] = 1\n") == "action:unparsable_after"
 
 
@@ -176,6 +178,8 @@ def test_odd_files_are_passed_over(tmp_path):
     (tmp_path / "big.py").write_text("x = 1\n" * 10_000)
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "secret.py").write_text("x = 1\n")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "foreign.py").write_text("x = 1\n")
     (tmp_path / "link.py").symlink_to(tmp_path / "pkg" / "good.py")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere")

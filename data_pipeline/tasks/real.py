@@ -23,6 +23,9 @@ MAX_MATCHES = 6  # more edits than the excerpt can show make the task a guess
 
 NODE_ROOTS = ("/usr/lib/node_modules", "/usr/local/lib/node_modules", "/usr/share/nodejs")
 
+# Build products, and packages of another environment that happen to lie below the standard library.
+_FOREIGN = {"__pycache__", "site-packages", "dist-packages"}
+
 Apply = Callable[[Action, Mapping[str, str]], EngineResult]
 
 
@@ -44,7 +47,7 @@ def source_files(roots: Sequence[Path], language: str, rng: random.Random, limit
     found: dict[str, Path] = {}
     for root in roots:
         for folder, folders, names in os.walk(root, followlinks=False):
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _FOREIGN)
             for name in names:
                 path = Path(folder, name)
                 # A nested node_modules is where that package really lives.
@@ -89,11 +92,15 @@ def enclosing_function(text: str, line: int) -> str | None:
     if best is None:
         return None
     body = dedent("\n".join(text.split("\n")[_first_line(best) - 1 : _last_line(best)])) + "\n"
+    return body if _parses(body) else None
+
+
+def _parses(text: str) -> bool:
     try:
-        ast.parse(body)
-    except SyntaxError:
-        return None
-    return body
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -124,6 +131,8 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
     if result.overlaps or sum(result.matches.values()) > MAX_MATCHES:
         return "too_many_matches"
     after = result.files_after[path]
+    if rule.language == "python" and _parses(text) and not _parses(after):
+        return "does_not_parse"  # such as `del f(x)`, which tree-sitter forgives
     shown = excerpt(text, first_change(text, after), max_excerpt)
     if not shown:
         return "long_line"
