@@ -217,14 +217,22 @@ def shortest_trace(automaton: TokenAutomaton) -> int:
     return int(automaton.distance_to_end[automaton.start_state])
 
 
+def shortest_think(automaton: TokenAutomaton) -> int:
+    """Tokens of think text in a shortest trace: the least `max_think_tokens`."""
+    next_state, distance = np.asarray(automaton.next_state), np.asarray(automaton.distance_to_end)
+    state = automaton.start_state
+    while not automaton.in_think[state]:
+        state = int(next_state[state, distance[next_state[state]].argmin()])
+    return int(automaton.distance_to_think_end[state])
+
+
 def check_budget(automaton: TokenAutomaton, max_new_tokens: int, max_think_tokens: int) -> None:
     """Host-side check of what `initial_state` will be given.
 
     Raises:
       ValueError: when no trace fits, so that the very first mask would be empty.
     """
-    least = shortest_trace(automaton)
-    least_think = int(jnp.where(automaton.in_think, automaton.distance_to_think_end, 0).max())
+    least, least_think = shortest_trace(automaton), shortest_think(automaton)
     if max_new_tokens < least:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; the shortest trace takes {least} tokens")
     if max_think_tokens < least_think:
@@ -313,7 +321,7 @@ def advance(automaton: TokenAutomaton, state: GrammarState, token: Int[Array, ".
         think_remaining=state.think_remaining - (in_think & automaton.in_think[following]),
         bound=(state.bound & ~automaton.unbinds[effect]) | automaton.binds[effect],
         string_bytes=jnp.where(stays_in_string, state.string_bytes, 0) + size,
-        json_bytes=jnp.where(in_think, 0, state.json_bytes) + size,
+        json_bytes=jnp.where(automaton.in_think[following], 0, state.json_bytes + size),
         brackets=state.brackets + automaton.opens[effect],
         commas=jnp.where(same_list, state.commas, 0) + automaton.commas[effect],
     )

@@ -88,7 +88,7 @@ class TokenTables:
     def load(cls, path: Path) -> "TokenTables | None":
         """The tables of a cache file; None when it is missing or damaged (they are then compiled again)."""
         try:
-            with np.load(path) as stored:
+            with path.open("rb") as file, np.load(file) as stored:
                 return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
             return None
@@ -102,7 +102,9 @@ def trace_tables(tokenizer: Tokenizer, config: GrammarConfig, cache_dir: Path) -
     if tables is None:
         automaton = build_trace_automaton(config, atomic_tags=bool(tokenizer.tag_ids))
         tables = compile_tokens(automaton, token_symbols(tokenizer), tokenizer.eos_id)
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start a second
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that cannot be written only costs the next start a second
             tables.save(path)
     return tables
 
