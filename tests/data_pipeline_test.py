@@ -166,7 +166,7 @@ def test_real_code_that_makes_no_task_says_why(sandbox):
     assert attempt("python-len-zero", "a = len(x) == 0\n" * 7) == "too_many_matches"
     assert attempt("python-len-zero", f"a = len(x) == 0 or {'y' * 200}\n") == "long_line"
     assert attempt("python-delete-print", "def f(x):\n    if x:\n        print(x)\n") == "action:unparsable_after"
-    assert attempt("python-environ-get", "a = os.environ['x']\ndel os.environ['x']\n") == "does_not_parse"
+    assert attempt("python-environ-get", "a = os.environ['x']\ndel os.environ['x']\n") == "action:unparsable_after"
     assert attempt("python-environ-get", "a = b = os.environ['x'] = 1\n") == "action:unparsable_after"
 
 

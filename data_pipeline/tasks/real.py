@@ -131,8 +131,6 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
     if result.overlaps or sum(result.matches.values()) > MAX_MATCHES:
         return "too_many_matches"
     after = result.files_after[path]
-    if rule.language == "python" and _parses(text) and not _parses(after):
-        return "does_not_parse"  # such as `del f(x)`, which tree-sitter forgives
     shown = excerpt(text, first_change(text, after), max_excerpt)
     if not shown:
         return "long_line"
