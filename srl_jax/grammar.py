@@ -32,14 +32,13 @@ from srl_jax.grammar_compile import (
 )
 from srl_jax.grammar_dfa import (
     DEAD,
-    NO_EFFECT,
     NOWHERE,
     SYMBOLS,
     TAG_SYMBOL,
     ByteAutomaton,
-    Effect,
     GrammarConfig,
 )
+from srl_jax.grammar_strings import NO_EFFECT, Effect
 from srl_jax.tokenizer import Tokenizer
 from srl_jax.trace import STOP, TAGS
 

@@ -26,11 +26,10 @@ from srl_jax.grammar_dfa import (
     GRAMMAR_VERSION,
     TAG_SYMBOL,
     ByteAutomaton,
-    Effect,
     GrammarConfig,
     build_trace_automaton,
-    compose,
 )
+from srl_jax.grammar_strings import Effect, compose
 from srl_jax.tokenizer import Tokenizer
 from srl_jax.trace import MAX_JSON_BYTES
 

@@ -16,16 +16,32 @@ Narrower than the parser on purpose, each because the exact rule would multiply 
 3. JSON escapes are `\\" \\\\ \\b \\f \\n \\r \\t`: other control characters cannot be written.
 4. Globs hold no escapes and no `<`, and start with something other than white space.
 5. `<state_u` never occurs in free text, nor do tags with doubled slashes (`<//action>`).
-6. Lengths are counted in UTF-8 bytes with escapes as two; the two JSON blocks together stay under 16 KiB.
+6. A name beside a character beyond ASCII in a pattern is not usable: whether that is a word character is not asked.
+7. Lengths are counted in UTF-8 bytes with escapes as two; the two JSON blocks together stay under 16 KiB.
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
+from srl_jax.grammar_strings import (
+    ESCAPES,
+    NO_EFFECT,
+    OTHER,
+    SPACE,
+    Effect,
+    Names,
+    Step,
+    StringMachine,
+    glob_string,
+    is_space,
+    pattern_string,
+    plain_string,
+    replacement_string,
+    tag_progress,
+)
 from srl_jax.trace import (
     LANGUAGES,
     MAX_JSON_BYTES,
@@ -37,7 +53,7 @@ from srl_jax.trace import (
     TAGS,
 )
 
-GRAMMAR_VERSION = 1
+GRAMMAR_VERSION = 2
 TAG_SYMBOL = 256  # symbols 256..261 are the six tags as single tokens
 SYMBOLS = TAG_SYMBOL + len(TAGS)
 DEAD = 0
@@ -47,7 +63,7 @@ DEAD = 0
 class GrammarConfig:
     """Metavariable names that replacements and constraints may use: `$NAME` and `$$$NAME`. 31 in all at most."""
 
-    single_names: tuple[str, ...] = (*"ABCDEFIKLMNOPSTVXYZ", "OBJ")
+    single_names: tuple[str, ...] = (*"ABCDEFIKLMNOPSTVXYZ", "MS", "OBJ")
     multi_names: tuple[str, ...] = ("A", "ARGS", "B", "BODY", "REST")
 
     def __post_init__(self) -> None:
@@ -57,47 +73,6 @@ class GrammarConfig:
                 raise ValueError(f"grammar metavariable {name!r}: use A-Z and 0-9, a letter first")
         if len(names) > 31:
             raise ValueError(f"{len(names)} grammar metavariables: at most 31")
-
-
-class Effect(NamedTuple):
-    """What an edge (a byte, or a token of several) does to the registers and asks of them.
-
-    `needs` (bit mask): the edge exists only if one of these names is bound; 0 asks nothing. Then
-    `bound = bound & ~unbinds | binds`, `brackets += opens` and `items += commas`.
-    """
-
-    needs: int = 0
-    binds: int = 0
-    unbinds: int = 0
-    opens: int = 0
-    commas: int = 0
-
-
-NO_EFFECT = Effect()
-
-
-def compose(first: Effect, second: Effect) -> Effect | None:
-    """The effect of two edges in a row, or None when it cannot be expressed (two unrelated needs)."""
-    needs = second.needs
-    if needs & first.binds:
-        needs = 0
-    elif needs:
-        needs &= ~first.unbinds
-        if not needs:
-            return None
-    if first.needs and needs:
-        # One bound name must satisfy both, which a single mask can say only if one mask contains the other.
-        smaller = first.needs & needs
-        if smaller not in (first.needs, needs):
-            return None
-        needs = smaller
-    return Effect(
-        needs=needs or first.needs,
-        binds=(first.binds & ~second.unbinds) | second.binds,
-        unbinds=first.unbinds | second.unbinds,
-        opens=first.opens + second.opens,
-        commas=first.commas + second.commas,
-    )
 
 
 @dataclass(frozen=True)
@@ -130,232 +105,6 @@ class ByteAutomaton:
     places: list[Place]
     start: int
     end: int
-
-
-# --------------------------------------------------------------------------------- machines over characters
-#
-# A machine reads one decoded character at a time. Characters are ASCII code points, or one of two classes that
-# stand for all other white space and all other characters; `_Builder` spells these out in UTF-8.
-
-SPACE = "space"  # any non-ASCII white space character
-OTHER = "other"  # any other non-ASCII character
-Character = str
-Step = Callable[[Hashable, Character], tuple[Hashable, Effect] | None]
-
-
-def _is_space(character: Character) -> bool:
-    return character == SPACE or (character != OTHER and character.isspace())
-
-
-def _is_word(character: Character) -> bool:
-    """Whether it may be a word character (\\w): non-ASCII ones are taken for such, which never over-binds."""
-    return character == OTHER or (len(character) == 1 and (character.isalnum() or character == "_"))
-
-
-def _is_name(character: Character) -> bool:
-    return len(character) == 1 and (character.isdigit() or "A" <= character <= "Z" or character == "_")
-
-
-# "<state_u" instead of the whole tag saves states in nine places; nobody compares with `state_u...` unspaced.
-_FORBIDDEN = ("<think>", "<action>", "<state_u")
-_PREFIXES = {text[:length] for text in _FORBIDDEN for length in range(1, len(text))}
-
-
-def _tag_progress(progress: str, character: Character) -> str | None:
-    """How much of a tag has been spelled after one more character; None when it is spelled out.
-
-    `</` counts as `<`, so that opening and closing tags share their states.
-    """
-    if character == "<" or (progress == "<" and character == "/"):
-        return "<"
-    longer = progress + character
-    if not progress or len(character) != 1 or longer not in _PREFIXES:
-        return None if longer in _FORBIDDEN else ""
-    return longer
-
-
-@dataclass(frozen=True)
-class StringMachine:
-    """The content of one kind of JSON string.
-
-    step reads a decoded character. close tells whether (and with what effect) the closing quote may follow.
-    escape is the state and effect at a backslash, before the escaped character is read; None forbids escapes.
-    expects gives `Place.expects`.
-    """
-
-    start: Hashable
-    step: Step
-    close: Callable[[Hashable], Effect | None]
-    escape: Callable[[Hashable], tuple[Hashable, Effect]] | None
-    expects: Callable[[Hashable], int] = lambda state: 0
-
-
-def plain_string() -> StringMachine:
-    """One character or more, no tag."""
-
-    def step(state, character):
-        progress = _tag_progress("" if state == "empty" else state, character)
-        return None if progress is None else (progress, NO_EFFECT)
-
-    return StringMachine(
-        start="empty",
-        step=step,
-        close=lambda state: None if state == "empty" else NO_EFFECT,
-        escape=lambda state: (state if state == "empty" else "", NO_EFFECT),
-    )
-
-
-def glob_string() -> StringMachine:
-    """A relative glob: the state is the path component so far ("", ".", "..", "name"), None before the first."""
-
-    def step(state, character):
-        if character in "<\\" or (state is None and (character == "/" or _is_space(character))):
-            return None
-        if len(character) == 1 and character in "/{},":
-            return None if state == ".." else ("", NO_EFFECT)
-        if character == "." and state in (None, "", "."):
-            return (state or "") + ".", NO_EFFECT
-        return "name", NO_EFFECT
-
-    return StringMachine(
-        start=None, step=step, close=lambda state: None if state in (None, "..") else NO_EFFECT, escape=None
-    )
-
-
-class Names:
-    """The known metavariables of one sigil, with their bits."""
-
-    def __init__(self, names: tuple[str, ...], first_bit: int):
-        self.bit = {name: 1 << (first_bit + index) for index, name in enumerate(sorted(names))}
-        self.reach: dict[str, int] = {"": 0}
-        for name, bit in self.bit.items():
-            for length in range(len(name) + 1):
-                self.reach[name[:length]] = self.reach.get(name[:length], 0) | bit
-
-    @property
-    def mask(self) -> int:
-        return self.reach[""]
-
-
-class Dollars(NamedTuple):
-    """Inside a run of `$` (1 to 3), `whole` if nothing but white space came before it."""
-
-    count: int
-    whole: bool
-
-
-class Name(NamedTuple):
-    """Inside a metavariable's known name, or a prefix of one; `text` None is a name that is not known."""
-
-    sigil: int
-    text: str | None
-    whole: bool
-
-
-def pattern_string(names: dict[int, Names]) -> StringMachine:
-    """A pattern: not blank, not a bare metavariable; binds the known names as the parser's regex does.
-
-    States: "blank", "bare" (a metavariable, then white space), "word" (after a word character or a `$` that
-    starts nothing), a tag's progress ("" after any other character), `Dollars`, `Name`.
-    """
-
-    def ended(state) -> tuple[Hashable, Effect]:
-        """The state and effect once the next character is known not to be part of a name."""
-        if isinstance(state, Name):
-            known = names[state.sigil].bit.get(state.text, 0) if state.sigil in names and state.text else 0
-            return ("bare" if state.whole else ""), Effect(binds=known)
-        if isinstance(state, Dollars):
-            return ("bare" if state.whole and state.count == 3 else ""), NO_EFFECT
-        return state, NO_EFFECT
-
-    def step(state, character):
-        opens = int(character in ("(", "[", "{"))
-        if character == "$":
-            if isinstance(state, Dollars):
-                return (Dollars(state.count + 1, state.whole) if state.count < 3 else "word"), NO_EFFECT
-            after, effect = ended(state)
-            if isinstance(state, Name) or after == "word" or _ends_in_letter(after):
-                return "word", effect  # a `$` after a word character starts no metavariable
-            return Dollars(1, after == "blank"), effect
-        if _is_name(character):
-            if isinstance(state, Dollars) and not character.isdigit():
-                text = character if state.count in names and character in names[state.count].reach else None
-                # An unknown name is an ordinary word, unless the pattern may turn out to be nothing else.
-                return (Name(state.count, text, state.whole) if text or state.whole else "word"), NO_EFFECT
-            if isinstance(state, Name):
-                longer = None if state.text is None else state.text + character
-                text = longer if state.sigil in names and longer in names[state.sigil].reach else None
-                return (Name(state.sigil, text, state.whole) if text or state.whole else "word"), NO_EFFECT
-        if _is_word(character):  # ends a name without binding it: `$Abc` is no metavariable
-            progress = state if isinstance(state, str) and state.startswith("<") else ""
-            after = _tag_progress(progress, character)
-            return None if after is None else (after or "word", NO_EFFECT)
-        after, effect = ended(state)
-        if _is_space(character) and after in ("blank", "bare"):
-            return after, effect
-        progress = _tag_progress(after if after.startswith("<") else "", character)
-        return None if progress is None else (progress, effect._replace(opens=opens))
-
-    def close(state):
-        after, effect = ended(state)
-        return None if after in ("blank", "bare") else effect
-
-    return StringMachine(
-        start="blank", step=step, close=close, escape=lambda state: _before_escape(*ended(state))
-    )
-
-
-def _ends_in_letter(progress: Hashable) -> bool:
-    return isinstance(progress, str) and progress.startswith("<") and progress != "<"
-
-
-def _before_escape(state: Hashable, effect: Effect) -> tuple[Hashable, Effect]:
-    """Escaped characters are neither letters nor part of a tag, so only "blank" and "bare" matter after one."""
-    return (state if state in ("blank", "bare") else ""), effect
-
-
-def replacement_string(names: dict[int, Names]) -> StringMachine:
-    """A replacement: after a run of `$`, a capital or `_` must begin a name that the pattern binds.
-
-    Unlike in a pattern the longest `[A-Z0-9_]*` is the name, whatever stands before the `$` or after the name.
-    States: a tag's progress, `Dollars` (4 stands for more), `Name`.
-    """
-
-    def step(state, character):
-        if isinstance(state, Dollars):
-            if character == "$":
-                return Dollars(min(state.count + 1, 4), False), NO_EFFECT
-            if _is_name(character) and not character.isdigit():
-                return into(state.count, character)
-        if isinstance(state, Name) and _is_name(character):
-            return into(state.sigil, state.text + character)
-        effect = close(state)
-        if effect is None:
-            return None
-        if character == "$":
-            return Dollars(1, False), effect
-        progress = _tag_progress(state if isinstance(state, str) else "", character)
-        return None if progress is None else (progress, effect)
-
-    def into(sigil, text):
-        known = names[sigil].reach.get(text, 0) if sigil in names else 0
-        return (Name(sigil, text, False), Effect(needs=known)) if known else None
-
-    def close(state):
-        if not isinstance(state, Name):
-            return NO_EFFECT
-        bit = names[state.sigil].bit.get(state.text, 0)
-        return Effect(needs=bit) if bit else None
-
-    def expects(state):
-        return names[state.sigil].reach[state.text] if isinstance(state, Name) else 0
-
-    return StringMachine(start="", step=step, close=close, escape=None, expects=expects)
-
-
-# --------------------------------------------------------------------------------------------- the automaton
-
-_ESCAPES = {'"': '"', "\\": "\\", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 _SPACES = {chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace()}
@@ -495,7 +244,7 @@ class _Builder:
 
         def step(state, character):
             if isinstance(state, tuple) and state[:1] == ("escape",):
-                return machine.step(state[1], _ESCAPES[character]) if character in _ESCAPES else None
+                return machine.step(state[1], ESCAPES[character]) if character in ESCAPES else None
             if character == "\\":
                 if machine.escape is None:
                     return None
@@ -571,32 +320,13 @@ def build_trace_automaton(config: GrammarConfig, *, atomic_tags: bool) -> ByteAu
     files_place = Place(string=3, cap=MAX_JSON_BYTES, list=1)
     files = b.list(glob_string(), after_files, files_place, may_be_empty=False)
     place = Place(string=2, cap=MAX_REPLACEMENT_CHARS)
-    replacement = b.string(_with_escapes(replacement_string(names)), b.text(',"files":', files), place)
+    replacement = b.string(replacement_string(names), b.text(',"files":', files), place)
     place = Place(string=1, cap=MAX_PATTERN_CHARS)
     pattern = b.string(pattern_string(names), b.text(',"replacement":"', replacement), place)
     language = b.choice(LANGUAGES, b.text(',"pattern":"', pattern))
     action = b.tag("<action>", b.text('{"language":"', language))
     start = b.tag("<think>", _think(b, b.text("\n", action)))
     return b.finish(start, end)
-
-
-def _with_escapes(machine: StringMachine) -> StringMachine:
-    """A replacement may escape wherever its closing quote could stand; the name before it ends there.
-
-    A state with an unfinished name has no such place: it goes to a state that reads nothing, which is pruned.
-    """
-
-    def escape(state):
-        effect = machine.close(state)
-        return ("stuck", NO_EFFECT) if effect is None else ("", effect)
-
-    def step(state, character):
-        return None if state == "stuck" else machine.step(state, character)
-
-    def close(state):
-        return None if state == "stuck" else machine.close(state)
-
-    return StringMachine(machine.start, step, close, escape, machine.expects)
 
 
 def _constraints(b: _Builder, names: Names, then: int) -> int:
@@ -628,7 +358,7 @@ def _think(b: _Builder, then: int) -> int:
     closing = TAGS[1]
 
     def step(state, character):
-        if _is_space(character):
+        if is_space(character):
             return None if state == "start" else ("space", NO_EFFECT)
         if not b.atomic_tags:
             if character == "<" and state not in ("start", "space"):
@@ -641,7 +371,7 @@ def _think(b: _Builder, then: int) -> int:
                     return None  # the edge out of the think text, made below
                 # Back among the ordinary tags; after "</" they are spelled like after "<".
                 state = "<" + state[1:].lstrip("</")
-        progress = _tag_progress("" if state in ("start", "space") else state, character)
+        progress = tag_progress("" if state in ("start", "space") else state, character)
         return None if progress is None else (progress, NO_EFFECT)
 
     ids = b.machine("start", step, lambda state: Place(think=True))

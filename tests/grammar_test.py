@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from srl_jax import assets, grammar
 from srl_jax.grammar_compile import TokenTables, trace_tables
-from srl_jax.grammar_dfa import NO_EFFECT, Effect, GrammarConfig, build_trace_automaton, compose
+from srl_jax.grammar_dfa import GrammarConfig, build_trace_automaton
+from srl_jax.grammar_strings import NO_EFFECT, Effect, compose
 from srl_jax.tokenizer import load_tokenizer
 from srl_jax.trace import (
     STOP,
@@ -65,12 +66,12 @@ class Compiled:
     def sample(self, key, bias, budget, think=4000, prefix=()):
         """Texts of rows sampled with Gumbel noise around `bias` [B, V]; asserts that no mask was empty."""
         bias = jnp.asarray(bias, jnp.float32)
-        tokens, end, empty = _sampled(
-            self.automaton, key, bias, jnp.asarray(prefix, jnp.int32), budget, think
-        )
+        steps = -(-budget // 256) * 256  # rows that are done stay so; few different lengths are compiled
+        prefix = jnp.asarray(prefix, jnp.int32)
+        tokens, end, empty = _sampled(self.automaton, key, bias, prefix, budget, think, steps)
         assert not empty.any()
         assert (np.asarray(end.state) == self.automaton.end_state).all()
-        tokens = np.concatenate([np.tile(np.asarray(prefix, np.int32), (len(bias), 1)), tokens], axis=1)
+        tokens = np.concatenate([np.tile(prefix, (len(bias), 1)), tokens], axis=1)
         return [self.tokenizer.decode_trace(row) for row in tokens], tokens
 
 
@@ -90,8 +91,8 @@ def _replayed(automaton, tokens, budget, think):
     return states, grammar.allowed_tokens(automaton, states)
 
 
-@partial(jax.jit, static_argnums=(4, 5))
-def _sampled(automaton, key, bias, prefix, budget, think):
+@partial(jax.jit, static_argnums=6)
+def _sampled(automaton, key, bias, prefix, budget, think, steps):
     def step(state, key):
         allowed = grammar.allowed_tokens(automaton, state)
         noise = jax.random.gumbel(key, allowed.shape)
@@ -101,7 +102,7 @@ def _sampled(automaton, key, bias, prefix, budget, think):
     start = grammar.initial_state(automaton, len(bias), budget, think)
     for token in prefix:
         start = grammar.advance(automaton, start, jnp.full(len(bias), token))
-    end, (tokens, empty) = jax.lax.scan(step, start, jax.random.split(key, budget - len(prefix)))
+    end, (tokens, empty) = jax.lax.scan(step, start, jax.random.split(key, steps))
     return tokens.T, end, empty.T
 
 
@@ -363,7 +364,7 @@ def test_random_logits_always_parse(request, kind, slack):
             assert (lengths >= 1).all() and (lengths <= think).all()
 
 
-@pytest.mark.parametrize("slack", [0, 1, 4, 16, 64])
+@pytest.mark.parametrize("slack", [0, 3, 64])
 def test_random_logits_on_smollm2_always_parse(smollm2, cache, slack):
     compiled = Compiled(smollm2, cache)
     bias = biases(smollm2, 8, seed=slack)
