@@ -10,7 +10,8 @@ from srl_jax.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    config = TrainConfig(steps=24)
+    config = TrainConfig(steps=14)
+    config.model.remat = "dots"  # as fast as keeping every activation on two cores, in half the memory
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.data.dir = "data/demo"
     config.data.prompts_per_step = 4
@@ -19,7 +20,7 @@ def get_config() -> TrainConfig:
     config.sampling.max_new_tokens, config.sampling.max_think_tokens = 128, 32
     config.grpo.group_size, config.grpo.micro_batch = 8, 1
     config.grpo.kl_coef = 0.01
-    config.optim.learning_rate, config.optim.warmup_steps = 3e-4, 2
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 1
     config.optim.schedule = "constant"
     config.eval.max_tasks, config.eval.batch_size = 48, 16
     config.checkpoint.every = 4

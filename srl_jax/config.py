@@ -61,6 +61,7 @@ class ModelSource(Section):
     # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
+    remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
     atomic_tags: bool = True  # the six tags as single tokens rather than as text
 
 
@@ -255,8 +256,8 @@ def config_hash(config: TrainConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_overrides(argv: Sequence[str], flag: str = "config") -> None:
-    """Raises `ConfigError` for an override such as `--config.grpo.kl_coeff=1` whose field does not exist.
+def check_overrides(argv: Sequence[str], flag: str = "config", section: type = TrainConfig) -> None:
+    """Raises `ConfigError` for an override such as `--config.grpo.kl_coeff=1` whose field `section` does not have.
 
     To be called before absl parses flags: `config_flags` refuses unknown fields too, but names no remedy.
     """
@@ -264,15 +265,14 @@ def check_overrides(argv: Sequence[str], flag: str = "config") -> None:
         match = re.match(rf"--?(?:no)?{re.escape(flag)}\.([\w.]+)", argument)
         if not match:
             continue
-        section: type = TrainConfig
-        names = match.group(1).split(".")
+        part, names = section, match.group(1).split(".")
         for depth, name in enumerate(names):
-            fields = {field.name: field.type for field in dataclasses.fields(section)}
+            fields = {field.name: field.type for field in dataclasses.fields(part)}
             if name not in fields:
-                raise _unknown_field(section, name, prefix="".join(f"{parent}." for parent in names[:depth]))
+                raise _unknown_field(part, name, prefix="".join(f"{parent}." for parent in names[:depth]))
             if not dataclasses.is_dataclass(fields[name]):
                 break
-            section = fields[name]
+            part = fields[name]
 
 
 def _validate_grpo(config: TrainConfig) -> None:

@@ -81,7 +81,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        fan_in = x.shape[-1]
+        # Rows flattened: with two batch axes the adapters' gradients contract over both, which XLA:CPU does in a
+        # plain loop (98 ms instead of 40 for one feed-forward layer of 1,024 tokens).
+        fan_in, batch_shape = x.shape[-1], x.shape[:-1]
+        x = x.reshape(-1, fan_in)
         init = nn.initializers.normal(fan_in**-0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
         y = x @ kernel
@@ -96,7 +99,7 @@ class Linear(nn.Module):
             a = self.variable("lora", "a", a_init, rng, (fan_in, self.lora_rank), jnp.float32).value
             b = self.variable("lora", "b", b_init, rng, (self.lora_rank, self.features), jnp.float32).value
             y = y + ((x.astype(jnp.float32) @ a) @ b * self.lora_scale).astype(y.dtype)
-        return y
+        return y.reshape(*batch_shape, self.features)
 
 
 class Block(nn.Module):
@@ -147,19 +150,23 @@ class Block(nn.Module):
         return x, kv
 
 
+_REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
 class Decoder(nn.Module):
     """Tokens in, final hidden states out; the head is applied by whoever needs logits (`head`, `logits`).
 
     Attributes:
       config: the model's shapes.
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
-      remat: recompute each layer in the backward pass, keeping only its input.
+      remat: what the backward pass recomputes: "none"; "dots" (everything but products with weights, which are
+        kept); "full" (each layer from its input alone).
     """
 
     config: ModelConfig
     lora_rank: int = 0
     lora_alpha: float = 1.0
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -190,7 +197,7 @@ class Decoder(nn.Module):
         else:
             mask = (jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3]) <= step)[None, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
