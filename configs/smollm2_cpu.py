@@ -10,7 +10,7 @@ from srl_jax.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    config = TrainConfig(steps=14)
+    config = TrainConfig(steps=10)
     config.model.remat = "dots"  # as fast as keeping every activation on two cores, in half the memory
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.data.dir = "data/demo"
@@ -23,5 +23,5 @@ def get_config() -> TrainConfig:
     config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 1
     config.optim.schedule = "constant"
     config.eval.max_tasks, config.eval.batch_size = 48, 16
-    config.checkpoint.every = 4
+    config.checkpoint.every = 5
     return config
