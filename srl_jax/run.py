@@ -1,6 +1,7 @@
 """A run: its student, services, state and directory, opened the same way by training and by evaluation."""
 
 import dataclasses
+import math
 import os
 import platform
 import time
@@ -12,15 +13,17 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from srl_jax import rewards
 from srl_jax.checkpoint import Checkpointer, CheckpointMeta
 from srl_jax.config import TrainConfig, config_hash, validate
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION
+from srl_jax.sandbox.isolation import Limits
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 from srl_jax.sandbox.service import RewardService
-from srl_jax.sharding import make_mesh
+from srl_jax.sharding import make_mesh, replicated
 from srl_jax.student import Student, load_student
 from srl_jax.train_step import TrainState, make_optimizer
 
@@ -31,7 +34,8 @@ class Run:
     Attributes:
       student: the loaded base model with tokenizer and grammar.
       rewards: scores rollouts, executing only when the reward has an execution term.
-      judge: scores held-out answers, executing them when `eval.execute`.
+      judge: scores held-out answers, executing them when `eval.execute` or when the reward needs it.
+      runners: test runners the sandbox can serve; None when nothing is executed.
       optimizer, rates: the gradient transformation and its learning-rate schedule.
       state: fresh training state, or the newest checkpoint's after `resume`.
       checkpoints: under `workdir`.
@@ -54,19 +58,26 @@ class Run:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
             sandbox = None
             if config.eval.execute or config.reward.execution > 0:
-                sandbox = stack.enter_context(Sandbox(SandboxConfig(slots=config.sandbox.workers)))
+                seconds = config.sandbox.wall_seconds
+                limits = Limits(wall_s=seconds, cpu_s=math.ceil(seconds))
+                sandbox = stack.enter_context(
+                    Sandbox(SandboxConfig(config.sandbox.workers, engine_limits=limits, test_limits=limits))
+                )
+            self.runners = sandbox.runners if sandbox else None
             self.student: Student = load_student(config, mesh)
             embedder, reward = load_embedder(), config.reward.build()
             count = lambda text: len(self.student.tokenizer.encode_text(text))
             executing = sandbox if config.reward.execution > 0 else None
-            judging = sandbox if config.eval.execute else None
             self.rewards = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=executing))
-            self.judge = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=judging))
+            self.judge = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=sandbox))
             self.optimizer: optax.GradientTransformation
             self.optimizer, self.rates = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
             lora = self.student.fresh_lora(config.seed)
             key = jax.random.key_data(jax.random.key(config.seed))
-            self.state = TrainState(jnp.int32(0), lora, self.optimizer.init(lora), key)
+            state = TrainState(jnp.int32(0), lora, self.optimizer.init(lora), key)
+            # Placed as an update returns them; otherwise the second step would compile everything again.
+            on_mesh = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated(mesh))
+            self.state = jax.tree.map(on_mesh, state)
             meta = CheckpointMeta(
                 config=config_hash(config),
                 tokenizer=self.student.tokenizer.fingerprint,
