@@ -35,7 +35,11 @@ class SamplingConfig:
 
 
 class Completions(NamedTuple):
-    """What was sampled. `mask` is 1 on tokens of the completion, its closing tag included; padding follows."""
+    """What was sampled. `mask` is 1 on tokens of the completion, its closing tag included; padding follows.
+
+    `finished` tells completions that reached their end from those that the budget cut off, which only happens without
+    the grammar.
+    """
 
     tokens: Int[Array, "P G T"]
     mask: Bool[Array, "P G T"]
@@ -142,6 +146,7 @@ def sample(
         "logprobs": jnp.zeros((b, t_max), jnp.float32),
     }
     start = (jnp.int32(0), jnp.repeat(last, group_size), state, jnp.zeros((b,), bool), cache, out)
-    _, _, _, done, _, out = jax.lax.while_loop(running, body, start)
+    _, _, state, _, _, out = jax.lax.while_loop(running, body, start)
     grouped = {name: array.reshape(p, group_size, t_max) for name, array in out.items()}
-    return Completions(**grouped, finished=done.reshape(p, group_size))
+    finished = state.state == automaton.end_state
+    return Completions(**grouped, finished=finished.reshape(p, group_size))
