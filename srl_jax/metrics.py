@@ -18,7 +18,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_SECONDS = 10.0  # between two lines about one evaluation where the output is a file or a pipe
@@ -45,7 +47,7 @@ class MetricWriter:
         if path.exists():
             _keep_until(path, resumed_step)
         self._lines = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resumed_step + 1)
+        self._tensorboard = _Events(self._workdir / "tensorboard", purge_step=resumed_step + 1)
         self._view = _View(console or Console(), total_steps, resumed_step)
 
     def __enter__(self) -> Self:
@@ -63,9 +65,7 @@ class MetricWriter:
             record["non_finite"] = broken
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()  # what was written survives a kill of this process
-        for name, value in metrics.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.write(step, metrics)
         self._view.show(step, metrics)
 
     def note(self, message: str) -> None:
@@ -127,6 +127,31 @@ def _keep_until(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+class _Events:
+    """TensorBoard's event file, written by the calling thread.
+
+    Its usual `SummaryWriter` hands events to a thread, which a full disk kills; the queue to it then fills and the run
+    hangs instead of ending with the error.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        self._file.write_event(
+            Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        values = [scalar(name, value).value[0] for name, value in metrics.items() if value is not None]
+        event = Event(wall_time=time.time(), step=step)
+        event.summary.value.extend(values)
+        self._file.write_event(event)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _View:
