@@ -19,8 +19,8 @@ from rich.progress import Progress
 from srl_jax.checkpoint import CheckpointError
 from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
-from srl_jax.report import write_report
-from srl_jax.rollout import sample_groups
+from srl_jax.report import load_evaluation, write_report
+from srl_jax.rollout import executable, sample_groups
 from srl_jax.run import Run
 from srl_jax.sandbox.service import RewardService, Score
 from srl_jax.student import Student
@@ -28,14 +28,43 @@ from srl_jax.tokenizer import render_prompt
 from srl_jax.trace import TraceError, parse_trace, render_state
 from srl_jax.train_step import StepSettings
 
+# Parts of the configuration that a greedy evaluation of given weights depends on.
+_DECISIVE = ("model", "data", "sampling", "reward", "eval", "sandbox")
 
-def fitting_tasks(student: Student, records: Sequence[TeacherRecord], config: TrainConfig) -> list[TeacherRecord]:
-    """The first `eval.max_tasks` records whose prompts fit, spread over the slices in turn."""
+
+class NothingToEvaluate(ValueError):
+    """No held-out task can be answered here; the message says why."""
+
+
+def fitting_tasks(
+    student: Student,
+    records: Sequence[TeacherRecord],
+    config: TrainConfig,
+    *,
+    runners: frozenset[str] | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> list[TeacherRecord]:
+    """The first `eval.max_tasks` records that can be evaluated here, spread over the slices in turn.
+
+    Left out, with a notice, are records whose prompts do not fit and those whose tests need a runner that is not
+    among `runners` (None: nothing is executed). Raises `NothingToEvaluate` when no record is left.
+    """
     by_slice: dict[str, list[TeacherRecord]] = {}
+    left_out: Counter[str] = Counter()
     for record in records:
+        if not executable(record, runners):
+            left_out[f"their tests need {record.task.tests.runner}, which this machine lacks"] += 1
+            continue
         ids = student.tokenizer.encode_prompt(record.task, few_shot=config.data.few_shot)
-        if len(ids) <= config.data.max_prompt_tokens:
-            by_slice.setdefault(record.task.slice, []).append(record)
+        if len(ids) > config.data.max_prompt_tokens:
+            left_out[f"their prompts exceed data.max_prompt_tokens={config.data.max_prompt_tokens}"] += 1
+            continue
+        by_slice.setdefault(record.task.slice, []).append(record)
+    for reason, count in sorted(left_out.items()):
+        note(f"notice: {count} of {len(records)} held-out tasks left out: {reason}")
+    if not by_slice:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(left_out.items()))
+        raise NothingToEvaluate(f"none of the {len(records)} held-out tasks can be evaluated ({reasons})")
     queues = [list(reversed(by_slice[name])) for name in sorted(by_slice)]
     chosen: list[TeacherRecord] = []
     while len(chosen) < config.eval.max_tasks and any(queues):
@@ -43,6 +72,15 @@ def fitting_tasks(student: Student, records: Sequence[TeacherRecord], config: Tr
             if queue and len(chosen) < config.eval.max_tasks:
                 chosen.append(queue.pop())
     return chosen
+
+
+def evaluated_before(path: Path, tasks: Sequence[TeacherRecord], config: TrainConfig) -> bool:
+    """Whether `path` holds an evaluation of these tasks under the same settings, so that it need not be repeated."""
+    if not path.exists():
+        return False
+    saved = load_evaluation(path)
+    same_tasks = [item["task_id"] for item in saved["items"]] == [record.task.task_id for record in tasks]
+    return same_tasks and all(saved["config"].get(part) == config.to_dict()[part] for part in _DECISIVE)
 
 
 def evaluate(
@@ -59,9 +97,10 @@ def evaluate(
 
     Returns the evaluation as JSON data: `name`, `config`, `metrics`, and one entry in `items` for each task.
     """
+    shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
+    size = -(-min(config.eval.batch_size, len(records)) // shards) * shards
     greedy = dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=0.0))
     variables = student.sampling_variables(lora)
-    size = config.eval.batch_size
     settings = StepSettings(temperature=1.0, micro_batch=size)
     items: list[dict] = []
     timing: Counter = Counter()
@@ -74,6 +113,7 @@ def evaluate(
         groups = sample_groups(
             greedy, variables, filled, prompts, jax.random.key(0), service,
             group_size=1, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+            reference=lora is not None,
         )  # fmt: skip
         for i, record in enumerate(batch):
             mask = groups.arrays["mask"][i, 0]
@@ -87,11 +127,12 @@ def evaluate(
             )
         advance(len(batch))
     seconds = time.perf_counter() - started
+    rewards = [item["reward"] for item in items if item["reward"] is not None]
     metrics = {
         "tasks": len(items),
         "seconds": round(seconds, 2),
         "seconds_by_part": {part: round(value, 2) for part, value in sorted(timing.items()) if part != "tokens"},
-        "reward": float(np.mean([item["reward"] for item in items if item["reward"] is not None])),
+        "reward": float(np.mean(rewards)) if rewards else None,
         "parse_rate": float(np.mean([item["rejection"] is None for item in items])),
     }
     return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
@@ -106,6 +147,9 @@ def _item(student: Student, record: TeacherRecord, text: str, score: Score, conf
         think = state = ""
     count = lambda part: len(student.tokenizer.encode_text(part))
     executed = report is not None
+    # A malformed answer cannot be executed, which is a failure; an execution that could not run is unknown.
+    executing = config.eval.execute or config.reward.execution > 0
+    malformed = reward is not None and reward.rejection is not None
     return {
         "task_id": record.task.task_id,
         "slice": record.task.slice,
@@ -119,10 +163,9 @@ def _item(student: Student, record: TeacherRecord, text: str, score: Score, conf
         "state": None if reward is None else reward.state,
         "think": None if reward is None else reward.think,
         "brevity": None if reward is None else reward.brevity,
-        "rejection": None if reward is None or reward.rejection is None else reward.rejection.value,
+        "rejection": reward.rejection.value if malformed else None,
         "executed": executed,
-        # A malformed answer cannot be executed, which is a failure; an execution that could not run is unknown.
-        "success": report.success if executed else (False if reward is not None and reward.rejection else None),
+        "success": report.success if executed else (False if executing and malformed else None),
         "status": report.status.value if executed else score.unscored,
         "diff": report.diff if executed else None,
         "think_tokens": count(think),
@@ -138,7 +181,8 @@ def evaluate_run(config: TrainConfig, workdir: Path, out: Path, held_out: Sequen
     with Run(config, workdir, read_only=True) as run, Progress() as bar:
         if run.resume() is None:
             raise CheckpointError(f"{workdir}: no checkpoint to evaluate; train first")
-        tasks = fitting_tasks(run.student, held_out, config)
+        tasks = fitting_tasks(run.student, held_out, config, runners=run.runners, note=bar.console.print)
+        out.mkdir(parents=True, exist_ok=True)
         for name, adapters in (("base", None), ("student", run.state.lora)):
             advance = partial(bar.advance, bar.add_task(f"evaluating {name}", total=len(tasks)))
             result = evaluate(run.student, adapters, tasks, run.judge, config, name=name, advance=advance)

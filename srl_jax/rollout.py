@@ -16,12 +16,13 @@ from srl_jax import grammar, grpo
 from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
+from srl_jax.sandbox.runner import RunnerUnavailable
 from srl_jax.sandbox.service import RewardService, Score, ScoreRequest
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.train_step import StepSettings, TrainBatch, reference_logprobs
 
-# So many records in a row whose prompt is too long mean a wrong setting, not bad luck.
+# So many records in a row that cannot be used mean a wrong setting, not bad luck.
 _MAX_SKIPPED = 1000
 
 
@@ -88,6 +89,26 @@ def take_prompts(
     return kept, prompts, skipped
 
 
+def executable(record: TeacherRecord, runners: frozenset[str] | None) -> bool:
+    """Whether this machine can run the record's tests; always, where nothing is executed (`runners` is None)."""
+    tests = record.task.tests
+    return runners is None or tests is None or tests.runner in runners
+
+
+def executable_only(records: Iterator[TeacherRecord], runners: frozenset[str] | None) -> Iterator[TeacherRecord]:
+    """The records whose tests can run here: where the reward needs the sandbox's verdict, others cannot be scored."""
+    skipped = 0
+    for record in records:
+        if executable(record, runners):
+            skipped = 0
+            yield record
+            continue
+        skipped += 1
+        if skipped >= _MAX_SKIPPED:
+            runner = record.task.tests.runner
+            raise RunnerUnavailable(runner, f"{skipped} tasks in a row need it; install it or set reward.execution=0")
+
+
 def decode_completions(student: Student, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """Text of each row of [rows, T] tokens, padding left out."""
     return [student.tokenizer.decode_trace(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
@@ -133,8 +154,12 @@ def sample_groups(
     prompt_width: int,
     settings: StepSettings,
     timing: Counter,
+    reference: bool = True,
 ) -> Groups:
-    """Samples and scores one group per record; rewards are computed while the device scores the reference."""
+    """Samples and scores one group per record; rewards are computed while the device scores the reference.
+
+    `reference=False` is for the base itself: its log-probs are the reference's, so `ref` repeats `logprobs`.
+    """
     started = time.perf_counter()
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
     prompt_tokens, lengths = pad_prompts(prompts, prompt_width, student.tokenizer.pad_id)
@@ -159,10 +184,12 @@ def sample_groups(
     requests = [ScoreRequest(text, records[i // group_size]) for i, text in enumerate(texts)]
     pending = service.submit(requests)
     started = time.perf_counter()
-    batch = make_batch(student, arrays, np.zeros((len(records), group_size)))
-    arrays["ref"] = np.asarray(
-        reference_logprobs(student.decoder, student.params, student.automaton, batch, settings=settings)
-    )
+    if reference:
+        batch = make_batch(student, arrays, np.zeros((len(records), group_size)))
+        scored = reference_logprobs(student.decoder, student.params, student.automaton, batch, settings=settings)
+        arrays["ref"] = np.asarray(scored)
+    else:
+        arrays["ref"] = arrays["logprobs"]
     timing["reference"] += time.perf_counter() - started
     started = time.perf_counter()
     scores = pending.result()
@@ -204,9 +231,7 @@ def collect_rollouts(
             group_size=c.group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups
-        rewards = np.nan_to_num(drawn.column("total"))
-        keep = grpo.informative_groups(rewards, c.dynamic_sampling_min_std, drawn.valid)
-        informative = np.flatnonzero(np.asarray(keep)).tolist()
+        informative = _informative(drawn, config)
         if len(informative) >= wanted:
             break
     metrics = _metrics(drawn, informative, skipped, timing)
@@ -217,6 +242,16 @@ def collect_rollouts(
     advantages = _advantages(used, config) * live[:, None]
     arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
     return make_batch(student, arrays, advantages), metrics, drawn
+
+
+def _informative(groups: Groups, config: TrainConfig) -> list[int]:
+    """Indices of the groups worth training on."""
+    if config.grpo.baseline == "none":
+        keep = groups.valid.any(axis=1)  # without a group mean, equal rewards still have a gradient
+    else:
+        rewards = np.nan_to_num(groups.column("total"))
+        keep = grpo.informative_groups(rewards, config.grpo.dynamic_sampling_min_std, groups.valid)
+    return np.flatnonzero(np.asarray(keep)).tolist()
 
 
 def _kl(groups: Groups, estimator: grpo.Estimator) -> np.ndarray:

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import jax
 
 from srl_jax.config import TrainConfig
-from srl_jax.evaluate import evaluate, fitting_tasks, write_json
+from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks, write_json
 from srl_jax.metrics import MetricWriter
 from srl_jax.records import TeacherRecord
 from srl_jax.report import write_report
-from srl_jax.rollout import collect_rollouts
+from srl_jax.rollout import collect_rollouts, executable_only
 from srl_jax.run import Run, environment
 from srl_jax.train_step import StepSettings, train_step
 
@@ -32,11 +32,15 @@ class RecordStream(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+class Stopped(Exception):
+    """A signal asked the run to end; the message is the signal's name."""
+
+
 class StopRequested:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; the second one kills."""
+    """Turns the first SIGINT or SIGTERM into `Stopped` at the next `check`; the second one kills."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequested":
@@ -48,8 +52,13 @@ class StopRequested:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Called where everything that was computed can be saved."""
+        if self._signal is not None:
+            raise Stopped(signal.Signals(self._signal).name)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._signal = number
         for previous, handler in self._previous.items():
             signal.signal(previous, handler)
 
@@ -96,42 +105,61 @@ def _loop(
     start: int,
 ) -> bool:
     config, student = run.config, run.student
-    tasks = fitting_tasks(student, held_out, config)
+    tasks = fitting_tasks(student, held_out, config, runners=run.runners, note=writer.note)
+    records = executable_only(stream, run.runners if config.reward.execution > 0 else None)
 
-    def assess(name: str, adapters: dict | None) -> None:
-        with writer.progress(f"evaluating {name}", len(tasks)) as advance:
+    def assess(name: str, adapters: dict | None, *, again: bool = False) -> None:
+        path = run.workdir / f"eval_{name}.json"
+        if not again and evaluated_before(path, tasks, config):
+            return
+        stop.check()
+        with writer.progress(f"evaluating {name}", len(tasks)) as shown:
+
+            def advance(count: int) -> None:
+                shown(count)
+                stop.check()
+
             result = evaluate(student, adapters, tasks, run.judge, config, name=name, advance=advance)
-        write_json(run.workdir / f"eval_{name}.json", result)
+        write_json(path, result)
         m = result["metrics"]
-        writer.note(f"{name}: reward {m['reward']:.4f} on {m['tasks']} held-out tasks in {m['seconds']:.0f} s")
+        reward = "unknown" if m["reward"] is None else f"{m['reward']:.4f}"
+        writer.note(f"{name}: reward {reward} on {m['tasks']} held-out tasks in {m['seconds']:.0f} s")
 
-    if not (run.workdir / "eval_base.json").exists():
+    step = start
+    try:
         assess("base", None)
-    settings = step_settings(config)
-    for step in range(start, config.steps):
-        began = time.perf_counter()
-        key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
-        batch, metrics, _ = collect_rollouts(student, run.state.lora, stream, key, run.rewards, config, settings)
-        updating = time.perf_counter()
-        run.state, scalars = train_step(
-            run.state, student.params, student.automaton, batch,
-            decoder=student.decoder, optimizer=run.optimizer, settings=settings,
-        )  # fmt: skip
-        metrics |= {name: float(value) for name, value in scalars.items()}
-        now = time.perf_counter()
-        metrics |= {"learning_rate": float(run.rates(step)), "seconds/update": now - updating}
-        writer.write(step + 1, {**metrics, "seconds/step": now - began})
-        done = step + 1 == config.steps
-        if done or stop.signal or (step + 1) % config.checkpoint.every == 0:
-            run.checkpoints.save(step + 1, run.state, stream.get_state())
-        if stop.signal and not done:
-            run.checkpoints.wait()
-            name = signal.Signals(stop.signal).name
-            writer.note(f"stopped by {name}; saved at step {step + 1}. Run the same command to go on.")
-            return False
-        if config.eval.every and (step + 1) % config.eval.every == 0 and not done:
-            assess(f"step{step + 1}", run.state.lora)
-    run.checkpoints.wait()
-    assess("student", run.state.lora)
+        while step < config.steps:
+            if step and config.eval.every and step % config.eval.every == 0:
+                assess(f"step{step}", run.state.lora)
+            stop.check()
+            metrics = _one_step(run, records, step)
+            step += 1
+            writer.write(step, metrics)
+            if step == config.steps or step % config.checkpoint.every == 0:
+                run.checkpoints.save(step, run.state, stream.get_state())
+        run.checkpoints.wait()
+        assess("student", run.state.lora, again=True)
+    except Stopped as reason:
+        run.checkpoints.save(step, run.state, stream.get_state())
+        run.checkpoints.wait()
+        writer.note(f"stopped by {reason}; saved at step {step}. Run the same command to go on.")
+        return False
     writer.note(f"report: {write_report(run.workdir)}")
     return True
+
+
+def _one_step(run: Run, records: Iterator[TeacherRecord], step: int) -> dict[str, float | None]:
+    """Replaces `run.state` by its successor; returns the step's metrics."""
+    config, student, settings = run.config, run.student, step_settings(run.config)
+    began = time.perf_counter()
+    key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
+    batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
+    updating = time.perf_counter()
+    run.state, scalars = train_step(
+        run.state, student.params, student.automaton, batch,
+        decoder=student.decoder, optimizer=run.optimizer, settings=settings,
+    )  # fmt: skip
+    metrics |= {name: float(value) for name, value in scalars.items()}
+    now = time.perf_counter()
+    metrics |= {"learning_rate": float(run.rates(step)), "seconds/update": now - updating}
+    return {**metrics, "seconds/step": now - began}
