@@ -5,7 +5,7 @@ import numpy as np
 
 from srl_jax import sharding
 from srl_jax.config import TrainConfig
-from srl_jax.records import SCHEMA_VERSION, SourceFile, Task, TeacherRecord, Versions
+from srl_jax.records import SCHEMA_VERSION, SourceFile, Task, TeacherRecord, TestSpec, Versions
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.student import Student, load_student
 from srl_jax.trace import Action, StateUpdate, Trace, render_trace
@@ -37,8 +37,10 @@ def perturbed(lora: dict, scale: float = 0.05, seed: int = 9) -> dict:
     return jax.tree_util.tree_map_with_path(noise, lora)
 
 
-def teacher_record(number: int = 0, slice_name: str = "python/generated") -> TeacherRecord:
-    """A complete record of a renaming task; `number` makes it a task of its own."""
+def teacher_record(
+    number: int = 0, slice_name: str = "python/generated", tests: str | None = None
+) -> TeacherRecord:
+    """A complete record of a renaming task; `number` makes it a task of its own, `tests` names a runner it needs."""
     old, new = f"fetch_{number}", f"load_{number}"
     before, after = f"rows = {old}(table)\n", f"rows = {new}(table)\n"
     trace = Trace(
@@ -57,7 +59,7 @@ def teacher_record(number: int = 0, slice_name: str = "python/generated") -> Tea
         (SourceFile(f"src/m{number}.py", before),),
         (SourceFile(f"src/m{number}.py", before),),
         StateUpdate.empty(),
-        None,
+        TestSpec(tests, ("a",), ("test_a.py",)) if tests else None,
         (SourceFile(f"src/m{number}.py", after),),
     )
     direction = np.random.default_rng(number).standard_normal(384).astype(np.float32)
