@@ -38,7 +38,6 @@ test: $(INSTALLED)
 
 demo: $(DEMO_DATA)
 	$(BIN)/python launch/train.py --config=configs/smollm2_cpu.py --workdir=runs/demo
-	@echo "report: runs/demo/report.md"
 
 $(DEMO_DATA): configs/data_demo.py | $(INSTALLED)
 	$(BIN)/python launch/prepare_data.py --config=configs/data_demo.py --out=$(@D)

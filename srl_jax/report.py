@@ -223,11 +223,11 @@ def _curve_figure(title: str, series: Mapping[str, Sequence[tuple[int, float]]])
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(series.items()):
         steps, values = np.array(points, np.float64).T
-        window = min(9, len(values))
+        window = max(1, min(9, len(values) // 3))  # a short run keeps its shape
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps, values, color=f"C{index}", alpha=0.3, linewidth=1)
-        axes.plot(steps[window - 1 :], smooth, color=f"C{index}", label=f"{name} (mean of {window} steps)")
-    axes.set(title=title, xlabel="step")
+        axes.plot(steps[window - 1 :], smooth, color=f"C{index}", label=name)
+    axes.set(title=f"{title} (bold: mean of {window} steps)", xlabel="step")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     return figure
