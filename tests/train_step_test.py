@@ -76,6 +76,19 @@ def test_a_fresh_policy_has_ratio_one_and_no_kl(student):
     assert np.abs(kl).mean() < 1e-5
 
 
+def test_soft_caps_and_windows_are_the_same_in_sampling_and_training(student):
+    model = dataclasses.replace(
+        student.decoder.config, windows=(12, 0), final_softcap=1.5, attention_softcap=0.5, embed_scale=8.0
+    )
+    capped = dataclasses.replace(student, decoder=student.decoder.clone(config=model))
+    lora = perturbed(student.fresh_lora(0))
+    arrays = _arrays(capped, lora)
+    _, metrics = _update(capped, lora, arrays, _advantages())
+    assert metrics["logprob_gap"] < 1e-5
+    _, uncapped = _update(student, lora, arrays, _advantages())
+    assert uncapped["logprob_gap"] > 1e-3
+
+
 def test_gradients_come_out_the_same_however_the_batch_is_cut(student):
     lora = perturbed(student.fresh_lora(0))
     arrays = _arrays(student, lora)

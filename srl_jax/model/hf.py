@@ -33,6 +33,18 @@ _LAYER_NAMES = {
     ("q_norm", "scale"): ("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
     ("k_norm", "scale"): ("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
 }
+# With norms after each half (Gemma), Hugging Face's "post_attention_layernorm" is that norm, not the next half's own.
+_POST_NORM_NAMES = {
+    ("mlp_norm", "scale"): ("model.layers.{i}.pre_feedforward_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    ("attention_post_norm", "scale"): (
+        "model.layers.{i}.post_attention_layernorm.weight",
+        "blk.{i}.post_attention_norm.weight",
+    ),
+    ("mlp_post_norm", "scale"): (
+        "model.layers.{i}.post_feedforward_layernorm.weight",
+        "blk.{i}.post_ffw_norm.weight",
+    ),
+}
 _TOP_NAMES = {
     ("embedding",): ("model.embed_tokens.weight", "token_embd.weight"),
     ("final_norm", "scale"): ("model.norm.weight", "output_norm.weight"),
@@ -48,6 +60,7 @@ class _GgufSource:
     """Tensors of a GGUF file, dequantized to float32, under GGUF names."""
 
     column = 1
+    norm_offset = 0.0
 
     def __init__(self, path: Path):
         import gguf
@@ -82,6 +95,8 @@ class _SafetensorsSource:
         from safetensors import safe_open
 
         self.config = from_hf(json.loads((directory / "config.json").read_text()))
+        # Gemma stores w of a norm that multiplies by 1 + w.
+        self.norm_offset = 1.0 if self.config.post_norms else 0.0
         index = directory / "model.safetensors.index.json"
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -114,6 +129,19 @@ def _open(path: Path) -> Iterator[_GgufSource | _SafetensorsSource]:
         )
 
 
+def tensor_names(config: ModelConfig, leaf: tuple[str, ...]) -> tuple[str, str]:
+    """(Hugging Face, GGUF) names of a leaf's tensor, or of each layer's with `{i}` for the layer."""
+    if leaf[0] != "layers":
+        return _TOP_NAMES[leaf]
+    names = _LAYER_NAMES | _POST_NORM_NAMES if config.post_norms else _LAYER_NAMES
+    return names[leaf[1:]]
+
+
+def leaf_dtype(leaf: tuple[str, ...], dtype):
+    """Norm scales are always float32: they are few, and 1 + w in bfloat16 would round most of a Gemma's w away."""
+    return jnp.float32 if leaf[-1] == "scale" else dtype
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """The model's shapes, without its weights."""
     with _open(Path(path)) as source:
@@ -130,6 +158,8 @@ def expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...
         layer |= {("q", "bias"): (n * h,), ("k", "bias"): (k * h,), ("v", "bias"): (k * h,)}
     if config.qk_norm:
         layer |= {("q_norm", "scale"): (h,), ("k_norm", "scale"): (h,)}
+    if config.post_norms:
+        layer |= {("attention_post_norm", "scale"): (d,), ("mlp_post_norm", "scale"): (d,)}
     shapes = {("layers", *leaf): (config.n_layers, *shape) for leaf, shape in layer.items()}
     shapes |= {("embedding",): (config.vocab_size, d), ("final_norm", "scale"): (d,)}
     if not config.tie_embeddings:
@@ -142,6 +172,8 @@ def _fetch(source, names: tuple[str, str], shape: tuple[int, ...], transpose: bo
     array = source.get(name)
     if array is None:
         raise BadWeights(f"tensor {name!r} is missing; the file is not a complete {source.config.family} model")
+    if name.endswith("norm.weight") and source.norm_offset:
+        array = array + source.norm_offset
     array = array.T if transpose else array
     if array.shape != shape:
         raise BadWeights(f"tensor {name!r} gives shape {array.shape}, the configuration implies {shape}")
@@ -164,7 +196,7 @@ def load_params(
 
     Args:
       path: a `.gguf` file or a Hugging Face directory.
-      dtype: of the weights in memory.
+      dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
       new_rows: one list of source token ids for each token the tokenizer adds at the end of the vocabulary; the new
         embedding (and head) row is the mean of the sources' rows.
       place: puts one host array where it will live, given its path in the tree; default: the default device.
@@ -180,11 +212,11 @@ def load_params(
             transpose = leaf[-1] == "kernel"
             if leaf[0] == "layers":
                 per_layer = shape[1:]
-                array = np.empty(shape, dtype)
+                array = np.empty(shape, leaf_dtype(leaf, dtype))
                 for i in range(config.n_layers):
-                    array[i] = _fetch(source, _LAYER_NAMES[leaf[1:]], per_layer, transpose, i=i)
+                    array[i] = _fetch(source, tensor_names(config, leaf), per_layer, transpose, i=i)
             else:
-                array = _fetch(source, _TOP_NAMES[leaf], shape, transpose).astype(dtype)
+                array = _fetch(source, tensor_names(config, leaf), shape, transpose).astype(leaf_dtype(leaf, dtype))
                 if leaf[0] in ("embedding", "head"):
                     array = _add_rows(array, new_rows)
             node = params
@@ -209,7 +241,7 @@ def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
         node = params
         for key in leaf[:-1]:
             node = node.setdefault(key, {})
-        node[leaf[-1]] = jnp.asarray(array, dtype)
+        node[leaf[-1]] = jnp.asarray(array, leaf_dtype(leaf, dtype))
     return params
 
 
