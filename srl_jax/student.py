@@ -84,10 +84,10 @@ def load_student(config: TrainConfig, mesh: Mesh) -> Student:
         model = families.tiny(tokenizer.vocab_size)
         params = hf.random_params(model, seed=0, dtype=dtype)
     else:
-        vocab = hf.read_config(path).vocab_size
         # A tag's row starts as the row of the first piece of its text ("</" of "</think>"): that is the token whose
         # probability decides whether a block is closed. Means over the pieces close 300 times too seldom.
-        new = [src[:1] for tag, src in zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False) if tag >= vocab]
+        pieces = dict(zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False))
+        new = {tag: pieces[tag][:1] for tag in tokenizer.added_tag_ids}
         model, params = hf.load_params(path, dtype=dtype, new_rows=new)
         if model.vocab_size < tokenizer.vocab_size:
             raise hf.BadWeights(

@@ -71,6 +71,11 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
+    def norm_offset(self) -> float:
+        """What Hugging Face files leave out of norm scales: Gemma stores w and multiplies by 1 + w."""
+        return 1.0 if self.post_norms else 0.0
+
+    @property
     def parameters(self) -> int:
         """Number of base weights, embedding counted once when tied."""
         d, h = self.d_model, self.head_dim
@@ -140,7 +145,7 @@ def _hf_windows(config: Mapping[str, Any], family: str) -> tuple[int, ...]:
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
-        raise UnsupportedModel(f"config.json: layer_types {sorted(unknown)} are not supported; sliding_ and full_attention")
+        raise UnsupportedModel(f"config.json: layer_types {sorted(unknown)}; known: sliding_ and full_attention")
     return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -198,6 +203,53 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         final_softcap=config.get("final_logit_softcapping"),
         local_rope_theta=local_theta,
     )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model: `from_hf(to_hf(config)) == config`, whatever file the model came from."""
+    gemma, windowed = config.family in _GEMMA, any(config.windows)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            }
+    if config.local_rope_theta is not None:
+        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
+    values = {
+        "architectures": [next(name for name, family in _HF_FAMILIES.items() if family == config.family)],
+        "model_type": "gemma3_text" if config.family == "gemma3" else config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "rope_parameters": rope,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_position,
+        "hidden_activation" if gemma else "hidden_act": activation,
+    }
+    if windowed:
+        kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
+        values |= {"sliding_window": max(config.windows), "layer_types": kinds}
+        values |= {} if gemma else {"use_sliding_window": True}
+    if gemma:
+        values |= {
+            # An integer in every published file, and required to be one.
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+        }
+    return values
 
 
 def from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:

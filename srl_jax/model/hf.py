@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -60,7 +60,7 @@ class _GgufSource:
     """Tensors of a GGUF file, dequantized to float32, under GGUF names."""
 
     column = 1
-    norm_offset = 0.0
+    norm_offset = 0.0  # llama.cpp adds it when it converts
 
     def __init__(self, path: Path):
         import gguf
@@ -95,8 +95,7 @@ class _SafetensorsSource:
         from safetensors import safe_open
 
         self.config = from_hf(json.loads((directory / "config.json").read_text()))
-        # Gemma stores w of a norm that multiplies by 1 + w.
-        self.norm_offset = 1.0 if self.config.post_norms else 0.0
+        self.norm_offset = self.config.norm_offset
         index = directory / "model.safetensors.index.json"
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -180,16 +179,30 @@ def _fetch(source, names: tuple[str, str], shape: tuple[int, ...], transpose: bo
     return array
 
 
-def _add_rows(table: np.ndarray, new_rows: Sequence[Sequence[int]]) -> np.ndarray:
-    rows = [table[list(source)].mean(axis=0) for source in new_rows]
-    return np.concatenate([table, np.stack(rows).astype(table.dtype)]) if rows else table
+def _set_rows(table: np.ndarray, new_rows: Mapping[int, Sequence[int]]) -> np.ndarray:
+    rows = {i: table[list(source)].mean(axis=0).astype(table.dtype) for i, source in new_rows.items()}
+    fresh = _rows_after(table.shape[0], new_rows) - table.shape[0]
+    grown = np.concatenate([table, np.zeros((fresh, table.shape[1]), table.dtype)])
+    for i, row in rows.items():
+        grown[i] = row
+    return grown
+
+
+def _rows_after(rows: int, new_rows: Mapping[int, Sequence[int]]) -> int:
+    beyond = sorted(i for i in new_rows if i >= rows)
+    if beyond != list(range(rows, rows + len(beyond))):
+        raise BadWeights(
+            f"the embedding has {rows} rows and the tokenizer adds ids {beyond}; "
+            "model and tokenizer do not belong together"
+        )
+    return rows + len(beyond)
 
 
 def load_params(
     path: str | Path,
     *,
     dtype=jnp.float32,
-    new_rows: Sequence[Sequence[int]] = (),
+    new_rows: Mapping[int, Sequence[int]] | None = None,
     place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Reads a model: its configuration and its `params` tree.
@@ -197,14 +210,15 @@ def load_params(
     Args:
       path: a `.gguf` file or a Hugging Face directory.
       dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
-      new_rows: one list of source token ids for each token the tokenizer adds at the end of the vocabulary; the new
-        embedding (and head) row is the mean of the sources' rows.
+      new_rows: id of each token that the tokenizer adds -> its source ids; its embedding (and head) row becomes the
+        mean of theirs. Some tables have spare rows at the end for it; where they have not, they grow.
       place: puts one host array where it will live, given its path in the tree; default: the default device.
 
     Raises:
       FileNotFoundError, UnsupportedModel, BadWeights: each naming the file, field or tensor.
     """
     put = place or (lambda _, array: jnp.asarray(array))
+    new_rows = new_rows or {}
     params: dict = {}
     with _open(Path(path)) as source:
         config = source.config
@@ -218,12 +232,12 @@ def load_params(
             else:
                 array = _fetch(source, tensor_names(config, leaf), shape, transpose).astype(leaf_dtype(leaf, dtype))
                 if leaf[0] in ("embedding", "head"):
-                    array = _add_rows(array, new_rows)
+                    array = _set_rows(array, new_rows)
             node = params
             for key in leaf[:-1]:
                 node = node.setdefault(key, {})
             node[leaf[-1]] = put(leaf, array)
-    return dataclasses.replace(config, vocab_size=config.vocab_size + len(new_rows)), params
+    return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows)), params
 
 
 def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
