@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
 
@@ -141,10 +142,11 @@ def leaf_dtype(leaf: tuple[str, ...], dtype):
     return jnp.float32 if leaf[-1] == "scale" else dtype
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The model's shapes, without its weights."""
+def read_config(path: str | Path, *, new_rows: Mapping[int, Sequence[int]] | None = None) -> ModelConfig:
+    """The configuration that `load_params` would return, without the weights."""
     with _open(Path(path)) as source:
-        return source.config
+        config = source.config
+    return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows or {}))
 
 
 def expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -198,12 +200,15 @@ def _rows_after(rows: int, new_rows: Mapping[int, Sequence[int]]) -> int:
     return rows + len(beyond)
 
 
+Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]  # puts one host array, by its path, where it will live
+
+
 def load_params(
     path: str | Path,
     *,
     dtype=jnp.float32,
     new_rows: Mapping[int, Sequence[int]] | None = None,
-    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+    place: Place | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Reads a model: its configuration and its `params` tree.
 
@@ -212,7 +217,7 @@ def load_params(
       dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
       new_rows: id of each token that the tokenizer adds -> its source ids; its embedding (and head) row becomes the
         mean of theirs. Some tables have spare rows at the end for it; where they have not, they grow.
-      place: puts one host array where it will live, given its path in the tree; default: the default device.
+      place: default: onto the default device.
 
     Raises:
       FileNotFoundError, UnsupportedModel, BadWeights: each naming the file, field or tensor.
@@ -240,8 +245,9 @@ def load_params(
     return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows)), params
 
 
-def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
+def random_params(config: ModelConfig, seed: int, dtype=jnp.float32, place: Place | None = None) -> dict:
     """Random weights of the true shapes, from host numpy: for tests, timings and the tiny recipe."""
+    put = place or (lambda _, array: jnp.asarray(array))
     rng = np.random.default_rng(seed)
     params: dict = {}
     for leaf, shape in expected_shapes(config).items():
@@ -255,7 +261,7 @@ def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
         node = params
         for key in leaf[:-1]:
             node = node.setdefault(key, {})
-        node[leaf[-1]] = jnp.asarray(array, leaf_dtype(leaf, dtype))
+        node[leaf[-1]] = put(leaf, array.astype(leaf_dtype(leaf, dtype)))
     return params
 
 
@@ -263,7 +269,7 @@ def weights_hash(params: dict) -> str:
     """SHA-256 over every leaf's path, type, shape and bytes: what a checkpoint's adapters belong to."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf if leaf.is_fully_addressable else process_allgather(leaf, tiled=True))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
