@@ -18,6 +18,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Every exception whose message is written for the person at the terminal."""
     # Imported late: these pull in JAX, which `--help` and a mistyped flag should not wait for.
     from srl_jax.checkpoint import CheckpointError
+    from srl_jax.memory import DoesNotFit
+    from srl_jax.model.export import ExportError
     from srl_jax.model.families import UnsupportedModel
     from srl_jax.model.hf import BadWeights
     from srl_jax.report import ReportError
@@ -25,7 +27,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     from srl_jax.sharding import BadMesh
 
     host = (ConfigError, AssetError, TokenizerError, CorruptRecord, SandboxUnavailable, FileNotFoundError)
-    return (*host, CheckpointError, UnsupportedModel, BadWeights, ReportError, PromptTooLong, BadMesh)
+    model = (UnsupportedModel, BadWeights, ExportError, DoesNotFit, BadMesh)
+    return (*host, *model, CheckpointError, ReportError, PromptTooLong)
 
 
 def run(main: Callable[[], int | None], *extra_errors: type[Exception]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
-from srl_jax.model.decoder import Decoder, encode_prompts, head, init_cache
+from srl_jax.model.decoder import Decoder, encode_prompts, init_cache, logits
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
 
@@ -111,19 +111,19 @@ def sample(
         (hidden, _), updated = decoder.apply(
             {**variables, "cache": cache}, token[:, None], positions[:, None], prefix, step, mutable=["cache"]
         )
-        logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head(params), preferred_element_type=jnp.float32)
+        scores = logits(decoder.config, params, hidden[:, 0])
         allowed = grammar.allowed_tokens(automaton, state)
-        logits = jnp.where(allowed, logits if greedy else logits / settings.temperature, -jnp.inf)
-        top = logits.max(axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)
+        scores = jnp.where(allowed, scores if greedy else scores / settings.temperature, -jnp.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
         if greedy:
-            chosen = jnp.argmax(logits, axis=-1)
+            chosen = jnp.argmax(scores, axis=-1)
         else:
             uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step), (2,)))(keys)
             chosen = draw(weights, uniforms)
         chosen = chosen.astype(jnp.int32)
-        logit = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-        logprob = logit - top[:, 0] - jnp.log(weights.sum(axis=-1))
+        score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
+        logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
         chosen = jnp.where(done, pad_id, chosen)
         out = {
             "tokens": out["tokens"].at[:, step].set(chosen),

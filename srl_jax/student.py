@@ -5,6 +5,7 @@ grammar always belong together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -37,9 +38,10 @@ class Student:
 
     def fresh_lora(self, seed: int) -> dict:
         """New adapters (B = 0), placed on the mesh."""
-        return self.place_lora(init_lora(self.decoder, jax.random.key(seed)))
+        return self.place_lora(jax.tree.map(np.asarray, init_lora(self.decoder, jax.random.key(seed))))
 
     def place_lora(self, lora: dict) -> dict:
+        """Adapters on the mesh; from host arrays, which every process of a multi-host run can place its part of."""
         return jax.device_put(lora, sharding.variable_shardings(self.mesh, self.decoder)["lora"])
 
     def sampling_variables(self, lora: dict | None) -> dict:
@@ -66,13 +68,44 @@ def resolve_source(source: str) -> Path:
 
 
 def load_student(config: TrainConfig, mesh: Mesh) -> Student:
-    """Loads what `config.model` names and places it on `mesh`.
+    """Loads what `config.model` names, each weight straight to its place on `mesh`.
 
     Raises:
       ConfigError: naming `model.source` when it is none of the four forms.
       FileNotFoundError, UnsupportedModel, BadWeights, TokenizerError, AssetError: each naming the file at fault.
     """
-    source, dtype = config.model.source, jnp.dtype(config.model.dtype)
+    path, tokenizer, new_rows, decoder = _describe(config, mesh)
+    dtype, shardings = jnp.dtype(config.model.dtype), sharding.variable_shardings(mesh, decoder)["params"]
+    place = lambda leaf, array: jax.device_put(array, _at(shardings, leaf))
+    if path is None:
+        params = hf.random_params(decoder.config, seed=0, dtype=dtype, place=place)
+    else:
+        _, params = hf.load_params(path, dtype=dtype, new_rows=new_rows, place=place)
+    return _assemble(config, mesh, tokenizer, decoder, params, hf.weights_hash(params))
+
+
+def plan_student(config: TrainConfig, mesh: Mesh) -> Student:
+    """`load_student` with `jax.ShapeDtypeStruct`s in place of weights: for compiling without running. No hash."""
+    _, tokenizer, _, decoder = _describe(config, mesh)
+    dtype, shardings = jnp.dtype(config.model.dtype), sharding.variable_shardings(mesh, decoder)["params"]
+    params: dict = {}
+    for leaf, shape in hf.expected_shapes(decoder.config).items():
+        node = params
+        for key in leaf[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf[-1]] = jax.ShapeDtypeStruct(shape, hf.leaf_dtype(leaf, dtype), sharding=_at(shardings, leaf))
+    return _assemble(config, mesh, tokenizer, decoder, params, "")
+
+
+def _at(tree: dict, leaf: tuple[str, ...]):
+    for key in leaf:
+        tree = tree[key]
+    return tree
+
+
+def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, dict[int, Sequence[int]], Decoder]:
+    """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
+    source = config.model.source
     random_tiny = source == RANDOM_TINY
     if source.startswith("random:") and not random_tiny:
         raise ConfigError("model.source", source, f"the only random model is {RANDOM_TINY!r}")
@@ -80,24 +113,25 @@ def load_student(config: TrainConfig, mesh: Mesh) -> Student:
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
-    if random_tiny:
-        model = families.tiny(tokenizer.vocab_size)
-        params = hf.random_params(model, seed=0, dtype=dtype)
-    else:
-        vocab = hf.read_config(path).vocab_size
-        # A tag's row starts as the row of the first piece of its text ("</" of "</think>"): that is the token whose
-        # probability decides whether a block is closed. Means over the pieces close 300 times too seldom.
-        new = [src[:1] for tag, src in zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False) if tag >= vocab]
-        model, params = hf.load_params(path, dtype=dtype, new_rows=new)
-        if model.vocab_size < tokenizer.vocab_size:
-            raise hf.BadWeights(
-                f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
-                "they do not belong together"
-            )
+    # A tag's row starts as the row of the first piece of its text ("</" of "</think>"): that is the token whose
+    # probability decides whether a block is closed. Means over the pieces close 300 times too seldom.
+    pieces = dict(zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False))
+    new_rows = {tag: pieces[tag][:1] for tag in tokenizer.added_tag_ids}
+    model = families.tiny(tokenizer.vocab_size) if random_tiny else hf.read_config(path, new_rows=new_rows)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise hf.BadWeights(
+            f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
+            "they do not belong together"
+        )
     decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat)
     sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
-    base_hash = hf.weights_hash(params)
-    params = jax.device_put(params, sharding.variable_shardings(mesh, decoder)["params"])
+    return None if random_tiny else path, tokenizer, new_rows, decoder
+
+
+def _assemble(
+    config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, decoder: Decoder, params: dict, base_hash: str
+) -> Student:
+    model = decoder.config
     if config.sampling.constrained:
         automaton = grammar.compile_grammar(tokenizer, vocab_size=model.vocab_size)
         try:

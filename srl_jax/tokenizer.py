@@ -51,6 +51,7 @@ class Tokenizer:
     Attributes:
       vocab_size: number of ids, added tags included; logits are [..., vocab_size].
       tag_ids: ids in the order of `trace.TAGS`, or () when tags are plain text.
+      added_tag_ids: those of `tag_ids` that the vocabulary did not hold: the model knows nothing of them yet.
       tag_source_ids: per tag, the ids of its plain text form; a model initialises a tag's embedding row from them.
       eos_id, pad_id: padding may share the id of the end token, so mask by length, never by id.
       token_bytes: per id the bytes it stands for; None for special, control and unused ids, which never stand
@@ -67,6 +68,7 @@ class Tokenizer:
         self._special_ids = {marker: added[marker] for marker in CHAT_MARKERS if marker in added}
         self.has_chat_markers = len(self._special_ids) == len(CHAT_MARKERS)
         self.tag_ids: tuple[int, ...] = ()
+        own = frozenset(added)
         if atomic_tags:
             for tag in TAGS:
                 if tag not in added:
@@ -74,6 +76,8 @@ class Tokenizer:
                     size += 1
                 self._special_ids[tag] = added[tag]
             self.tag_ids = tuple(added[tag] for tag in TAGS)
+        self.added_tag_ids = tuple(added[tag] for tag in TAGS if tag in added and tag not in own)
+        self._spec = spec
         self.vocab_size = size
         self.eos_id = eos_id
         self.pad_id = pad_id
@@ -148,6 +152,30 @@ class Tokenizer:
         text = self.decode(kept)
         stop = text.find(STOP)
         return text if stop < 0 else text[: stop + len(STOP)]
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json`, tags included, and `tokenizer_config.json`: what transformers loads.
+
+        There, unlike here, a tag in any text becomes the tag's id.
+        """
+        texts = {token_id: text for text, token_id in self._spec["model"]["vocab"].items()} | self._text_of_special
+        tags = [
+            {"id": i, "content": texts[i], "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": False}
+            for i in self.added_tag_ids
+        ]  # fmt: skip
+        text = json.dumps({**self._spec, "added_tokens": [*self._spec["added_tokens"], *tags]}, ensure_ascii=False)
+        backend = tokenizers.Tokenizer.from_str(text)
+        for i in self.added_tag_ids:
+            if backend.token_to_id(texts[i]) != i:
+                raise TokenizerError(
+                    f"tag {texts[i]} has id {i}, which tokenizer.json cannot express: the vocabulary has unused ids "
+                    "before it; train with model.atomic_tags=False to export this model"
+                )
+        names = {"eos_token": texts[self.eos_id], "pad_token": texts[self.pad_id]}
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(kind | names, ensure_ascii=False, indent=1))
 
     def _bytes_or_text(self, token_id: int) -> bytes:
         raw = self.token_bytes[token_id]

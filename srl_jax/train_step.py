@@ -97,6 +97,7 @@ def policy_logprobs(
         allowed_from=partial(grammar.allowed_tokens, automaton),
         constraint=jax.tree.map(lambda x: x.reshape(-1), batch.states),
         temperature=temperature,
+        softcap=decoder.config.final_softcap,
         chunk_size=chunk,
     )
     return jax.tree.map(lambda x: x.reshape(shape), flat)

@@ -1,5 +1,6 @@
 """The decoder against transformers, against itself uncached and unshared, and against damaged files."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,53 +16,12 @@ from srl_jax.model import families, hf
 from srl_jax.model.decoder import (
     Decoder,
     completion_hidden,
-    encode_prompts,
-    init_cache,
     init_lora,
     logits,
     merge_lora,
 )
-
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-_CASES = {
-    "llama-untied": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
-    "llama-tied-mha": (transformers.LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama-rope-scaling": (transformers.LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
-    "llama-linear-rope": (
-        transformers.LlamaConfig,
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    ),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3-wide-heads": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
-}
-
-
-def _peer(name: str) -> transformers.PreTrainedModel:
-    kind, extra = _CASES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**{**_SMALL, **extra}), dtype=torch.float32)
-    with torch.no_grad():  # biases and norms start at 0 and 1, where a forgotten one would not show
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+from tests.peers import CASES, greedy
+from tests.peers import peer as make_peer
 
 
 def _positions(tokens):
@@ -70,12 +30,12 @@ def _positions(tokens):
 
 def _full_logits(config, params, tokens):
     hidden, _ = Decoder(config).apply({"params": params}, tokens, _positions(tokens))
-    return np.asarray(logits(params, hidden))
+    return np.asarray(logits(config, params, hidden))
 
 
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_text_agree_with_transformers(name, tmp_path):
-    peer = _peer(name)
+    peer = make_peer(name)
     peer.save_pretrained(tmp_path)
     config, params = hf.load_params(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 70))
@@ -86,31 +46,7 @@ def test_logits_and_greedy_text_agree_with_transformers(name, tmp_path):
 
     with torch.no_grad():
         theirs = peer.generate(torch.tensor(tokens[:, :8]), max_new_tokens=64, do_sample=False, pad_token_id=0)
-    assert _greedy(config, params, tokens[:, :8], 64).tolist() == theirs[:, 8:].tolist()
-
-
-def _greedy(config, params, prompts, steps):
-    """Greedy text through the shared prefix and the KV cache."""
-    decoder = Decoder(config)
-    lengths = jnp.full(prompts.shape[0], prompts.shape[1])
-    prefix = encode_prompts(decoder, {"params": params}, prompts, lengths)
-
-    def step(carry, i):
-        token, cache = carry
-        (hidden, _), new = decoder.apply(
-            {"params": params, "cache": cache},
-            token[:, None],
-            jnp.broadcast_to(prompts.shape[1] - 1 + i, (prompts.shape[0], 1)),
-            prefix,
-            i,
-            mutable=["cache"],
-        )
-        token = jnp.argmax(logits(params, hidden)[:, 0], axis=-1)
-        return (token, new["cache"]), token
-
-    cache = init_cache(config, prompts.shape[0], steps, jnp.float32)
-    _, tokens = jax.lax.scan(step, (jnp.asarray(prompts[:, -1]), cache), jnp.arange(steps))
-    return np.asarray(tokens).T
+    assert greedy(config, params, tokens[:, :8], 64).tolist() == theirs[:, 8:].tolist()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -126,14 +62,31 @@ def test_smollm2_from_gguf_agrees_with_transformers():
     assert np.abs(_full_logits(config, params, tokens) - expected).max() < 1e-3
 
 
-@pytest.fixture(scope="module")
-def small():
-    config = families.tiny(101)
+def _adapted(config):
     decoder = Decoder(config, lora_rank=4, lora_alpha=8.0)
     params = hf.random_params(config, seed=1)
     lora = init_lora(decoder, jax.random.key(2))
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape), lora)
     return decoder, params, lora
+
+
+@pytest.fixture(scope="module")
+def small():
+    return _adapted(families.tiny(101))
+
+
+# What Gemma adds, at once. The first layer's window ends inside the prompts of `_ragged` for early completion tokens
+# and inside the completion for late ones.
+_GEMMA = {
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "embed_scale": 8.0,
+    "query_scale": 0.2,
+    "attention_softcap": 1.0,
+    "final_softcap": 2.0,
+    "windows": (4, 0),
+    "local_rope_theta": 50.0,
+}
 
 
 def _ragged(seed=0, groups=3, length=9):
@@ -142,8 +95,9 @@ def _ragged(seed=0, groups=3, length=9):
     return prompts, np.asarray([12, 7], np.int32), rng.integers(0, 101, (2, groups, length)).astype(np.int32)
 
 
-def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(small):
-    decoder, params, lora = small
+@pytest.mark.parametrize("extra", [{}, _GEMMA], ids=["llama", "gemma"])
+def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
+    decoder, params, lora = _adapted(dataclasses.replace(families.tiny(101), **extra))
     prompts, lengths, completions = _ragged()
     weights = np.random.default_rng(5).standard_normal((2, 3, 9, decoder.config.d_model)).astype(np.float32)
 
@@ -164,6 +118,23 @@ def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(small):
     grads = [jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x) * weights)))(lora) for f in (shared, apart)]
     for one, other in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_a_window_ends_where_it_says():
+    config = dataclasses.replace(families.tiny(101), windows=(4, 4))
+    decoder, params = Decoder(config), hf.random_params(config, seed=1)
+    prompt, after = np.arange(12)[None], np.arange(20, 29)[None, None]
+    lengths = jnp.asarray([12])
+
+    def hidden(tokens):
+        return np.asarray(completion_hidden(decoder, {"params": params}, tokens, lengths, after))[0, 0]
+
+    # The row that predicts completion token i stands at position 11 + i and sees 4 positions a layer: with two layers
+    # nothing before position 5 + i. So a change at prompt position 7 reaches rows 0, 1 and 2 and no other.
+    changed = prompt.copy()
+    changed[0, 7] = 99
+    moved = np.abs(hidden(prompt) - hidden(changed)).max(-1) > 0
+    assert moved.tolist() == [True] * 3 + [False] * 6
 
 
 def test_padding_and_neighbours_do_not_leak(small):
@@ -225,14 +196,74 @@ def test_remat_changes_memory_not_numbers(small, remat):
 
 
 def test_new_rows_are_the_mean_of_their_sources(tmp_path):
-    _peer("llama-untied").save_pretrained(tmp_path)
+    make_peer("llama-untied").save_pretrained(tmp_path)
     _, plain = hf.load_params(tmp_path)
-    config, grown = hf.load_params(tmp_path, new_rows=[[3], [4, 6]])
+    config, grown = hf.load_params(tmp_path, new_rows={96: [5], 97: [3], 98: [4, 6]})
     assert config.vocab_size == 99
     for table in ("embedding", "head"):
-        np.testing.assert_array_equal(grown[table][:97], plain[table])
+        np.testing.assert_array_equal(grown[table][:96], plain[table][:96])
+        np.testing.assert_array_equal(grown[table][96], plain[table][5])  # a spare row of a padded vocabulary
         np.testing.assert_allclose(grown[table][97], plain[table][3])
         np.testing.assert_allclose(grown[table][98], (plain[table][4] + plain[table][6]) / 2, rtol=1e-6)
+    with pytest.raises(hf.BadWeights, match="97 rows and the tokenizer adds ids"):
+        hf.load_params(tmp_path, new_rows={99: [3]})
+
+
+def test_a_sharded_index_gives_the_same_model(tmp_path):
+    peer = make_peer("gemma2")
+    peer.save_pretrained(tmp_path / "one")
+    peer.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert hf.weights_hash(hf.load_params(tmp_path / "one")[1]) == hf.weights_hash(hf.load_params(tmp_path / "many")[1])
+    shards[1].unlink()
+    with pytest.raises(hf.BadWeights, match=shards[1].name):
+        hf.load_params(tmp_path / "many")
+
+
+def test_norm_scales_stay_float32_in_a_bfloat16_model(tmp_path):
+    make_peer("gemma3").save_pretrained(tmp_path)
+    _, full = hf.load_params(tmp_path)
+    _, half = hf.load_params(tmp_path, dtype=jnp.bfloat16)
+    assert half["embedding"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half["layers"]["q_norm"]["scale"], full["layers"]["q_norm"]["scale"])
+
+
+def test_files_of_transformers_4_mean_the_same(tmp_path):
+    """Gemma's own files: no layer_types, RoPE bases apart, a `hidden_act` that nobody reads."""
+    make_peer("gemma3").save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    old = {k: v for k, v in new.items() if k not in ("layer_types", "rope_parameters", "tie_word_embeddings")}
+    old |= {"sliding_window_pattern": 3, "rope_theta": 5e3, "rope_local_base_freq": 100.0, "hidden_act": "gelu"}
+    old |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert families.from_hf(old) == families.from_hf(new)
+    gemma2 = {**old, "architectures": ["Gemma2ForCausalLM"], "rope_local_base_freq": None}
+    del gemma2["sliding_window_pattern"]
+    assert families.from_hf(gemma2).windows == (5, 0, 5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_survives_its_file(name):
+    peer = make_peer(name)
+    config = families.from_hf({**peer.config.to_dict(), "architectures": [type(peer).__name__]})
+    assert families.from_hf(families.to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "nearest: Gemma3ForCausalLM"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    ],
+)
+def test_options_the_decoder_lacks_are_refused_by_name(tmp_path, change, message):
+    make_peer("gemma3").save_pretrained(tmp_path)
+    with pytest.raises(families.UnsupportedModel, match=message):
+        families.from_hf(json.loads((tmp_path / "config.json").read_text()) | change)
 
 
 def _edit_weights(directory, change):
@@ -242,7 +273,7 @@ def _edit_weights(directory, change):
 
 
 def test_damaged_models_are_refused_by_name(tmp_path):
-    _peer("llama-untied").save_pretrained(tmp_path)
+    make_peer("llama-untied").save_pretrained(tmp_path)
     _edit_weights(tmp_path, lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}))
     with pytest.raises(hf.BadWeights, match=r"model\.norm\.weight.*\(5,\).*\(32,\)"):
         hf.load_params(tmp_path)

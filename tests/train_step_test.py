@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from srl_jax import sharding
+from srl_jax import grpo, sharding
 from srl_jax.model import hf
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import sample
@@ -58,6 +59,13 @@ def _update(student, lora, arrays, advantages, **changes):
     return jax.tree.map(np.asarray, new.lora), {name: float(value) for name, value in metrics.items()}
 
 
+def _on_mesh(student, shape):
+    mesh = sharding.make_mesh(*shape)
+    placed = jax.device_put(student.params, sharding.variable_shardings(mesh, student.decoder)["params"])
+    automaton = jax.device_put(student.automaton, sharding.replicated(mesh))
+    return dataclasses.replace(student, mesh=mesh, params=placed, automaton=automaton)
+
+
 def _close(one, other, atol):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
@@ -74,6 +82,19 @@ def test_a_fresh_policy_has_ratio_one_and_no_kl(student):
     )
     kl = (np.asarray(ref) - arrays["logprobs"])[arrays["mask"]]
     assert np.abs(kl).mean() < 1e-5
+
+
+def test_soft_caps_and_windows_are_the_same_in_sampling_and_training(student):
+    model = dataclasses.replace(
+        student.decoder.config, windows=(12, 0), final_softcap=1.5, attention_softcap=0.5, embed_scale=8.0
+    )
+    capped = dataclasses.replace(student, decoder=student.decoder.clone(config=model))
+    lora = perturbed(student.fresh_lora(0))
+    arrays = _arrays(capped, lora)
+    _, metrics = _update(capped, lora, arrays, _advantages())
+    assert metrics["logprob_gap"] < 1e-5
+    _, uncapped = _update(student, lora, arrays, _advantages())
+    assert uncapped["logprob_gap"] > 1e-3
 
 
 def test_gradients_come_out_the_same_however_the_batch_is_cut(student):
@@ -104,13 +125,49 @@ def test_one_device_equals_eight(student):
 def test_sharded_weights_give_the_same_update(student, shape):
     lora = jax.tree.map(np.asarray, perturbed(student.fresh_lora(0)))
     arrays = _arrays(student, lora)
-    one, _ = _update(student, lora, arrays, _advantages())
-    mesh = sharding.make_mesh(*shape)
-    placed = jax.device_put(student.params, sharding.variable_shardings(mesh, student.decoder)["params"])
-    automaton = jax.device_put(student.automaton, sharding.replicated(mesh))
-    other = dataclasses.replace(student, mesh=mesh, params=placed, automaton=automaton)
-    many, _ = _update(other, lora, arrays, _advantages())
+    one, metrics = _update(student, lora, arrays, _advantages())
+    many, many_metrics = _update(_on_mesh(student, shape), lora, arrays, _advantages())
     _close(one, many, 2e-5)
+    for name in ("loss", "entropy", "grad_norm"):
+        assert many_metrics[name] == pytest.approx(metrics[name], abs=1e-5)
+
+
+def test_pmap_gives_the_same_gradients_as_the_mesh(student):
+    """What the research notes call pmap: every device its own prompts, gradients summed over devices."""
+    lora = jax.tree.map(np.asarray, perturbed(student.fresh_lora(0)))
+    arrays = _arrays(student, lora)
+    wide = _on_mesh(student, (8, 1, 1))
+    batch = make_batch(wide, arrays, _advantages())
+    placed = wide.place_lora(lora)
+    optimizer = optax.sgd(1.0)  # the step is the gradient
+    state = TrainState(jnp.int32(0), placed, optimizer.init(placed), jax.random.key_data(jax.random.key(0)))
+    new, metrics = train_step(
+        state, wide.params, wide.automaton, batch,
+        decoder=student.decoder, optimizer=optimizer, settings=StepSettings(micro_batch=_P),
+    )  # fmt: skip
+    mesh_gradients = jax.tree.map(lambda a, b: a - np.asarray(b), lora, jax.block_until_ready(new.lora))
+
+    denominator = float(arrays["mask"].sum())  # of all devices: each dividing by its own would be wrong
+
+    def loss(lora, params, automaton, part):
+        scored = policy_logprobs(
+            student.decoder, {"params": params, "lora": lora}, automaton, part, temperature=1.0, chunk=256
+        )
+        rows = (-1, part.completions.shape[-1])
+        return grpo.clipped_surrogate(
+            scored.logprobs.reshape(rows), part.old_logprobs.reshape(rows), part.advantages.reshape(-1),
+            part.completion_mask.reshape(rows), clip_epsilon_low=0.2, clip_epsilon_high=0.2, aggregation="token",
+            denominator=denominator,
+        )  # fmt: skip
+
+    def step(lora, params, automaton, part):
+        return jax.lax.psum(jax.value_and_grad(loss)(lora, params, automaton, part), "data")
+
+    parts = jax.tree.map(lambda x: np.asarray(x).reshape(8, _P // 8, *x.shape[1:]), batch)
+    whole = jax.tree.map(np.asarray, (lora, student.params, student.automaton))
+    value, gradients = jax.pmap(step, axis_name="data", in_axes=(None, None, None, 0))(*whole, parts)
+    assert float(value[0]) == pytest.approx(float(metrics["loss"]), abs=1e-6)
+    _close(jax.tree.map(lambda x: x[0], gradients), mesh_gradients, 1e-5)
 
 
 def test_a_tied_group_changes_nothing(student):

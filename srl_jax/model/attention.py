@@ -8,6 +8,8 @@ The backward pass is written out, as in FlashAttention (arXiv 2205.14135): it ke
 query and computes the probabilities again. Derived by JAX it took 10 times the forward pass on a CPU, not 2.5.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -24,9 +26,10 @@ def attend(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
     prefix: _Prefix | None = None,
-    prefix_mask: Bool[Array, "P Lp"] | None = None,
+    prefix_mask: Bool[Array, "P #G #T Lp"] | None = None,
     *,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over the row's own keys and, when given, its prompt's.
 
@@ -35,8 +38,9 @@ def attend(
       k, v: the row's own keys and values, heads before positions so that each head's slab is contiguous.
       mask: True where a query may see an own key.
       prefix: keys and values of the P shared prompts.
-      prefix_mask: True on a prompt's real positions. Every query of the group sees all of them.
+      prefix_mask: True where a query of the group may see a prompt position.
       scale: multiplies the scores before the softmax.
+      softcap: squashes the scaled scores to (-softcap, softcap).
     """
     batch, t, n, h = q.shape
     n_kv = k.shape[1]
@@ -44,13 +48,13 @@ def attend(
     # The query heads that share a KV head become rows of one matrix product: [B, K, R*T, H].
     rows = (q * scale).reshape(batch, t, n_kv, repeats, h).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, n_kv, repeats * t, h)
-    out = _attend(rows, k, v, prefix, mask, prefix_mask)
+    out = _attend(softcap, rows, k, v, prefix, mask, prefix_mask)
     return out.reshape(batch, n_kv, repeats, t, h).transpose(0, 3, 1, 2, 4).reshape(batch, t, n, h)
 
 
-@jax.custom_vjp
-def _attend(q, k, v, prefix, mask, prefix_mask):
-    return _forward(q, k, v, prefix, mask, prefix_mask)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(softcap, q, k, v, prefix, mask, prefix_mask):
+    return _forward(softcap, q, k, v, prefix, mask, prefix_mask)[0]
 
 
 def _group(x: Float[Array, "B K M H"], prompts: int) -> Float[Array, "P K GM H"]:
@@ -66,21 +70,28 @@ def _ungroup(x: Float[Array, "P K GM H"], batch: int) -> Float[Array, "B K M H"]
     return x.reshape(batch, heads, -1, last)
 
 
-def _own_scores(q, k, mask):
-    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32)
+def _capped(scores: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _own_scores(q, k, mask, softcap):
+    scores = _capped(jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32), softcap)
     batch, heads, _, s = scores.shape
     t = mask.shape[1]
     scores = jnp.where(mask[:, None, None], scores.reshape(batch, heads, -1, t, s), MASKED)
     return scores.reshape(batch, heads, -1, s)
 
 
-def _prefix_scores(q, prefix_k, prefix_mask):
-    scores = jnp.einsum("pkmh,pksh->pkms", q, prefix_k, preferred_element_type=jnp.float32)
-    return jnp.where(prefix_mask[:, None, None, :], scores, MASKED)
+def _prefix_scores(q, prefix_k, prefix_mask, softcap):
+    scores = _capped(jnp.einsum("pkmh,pksh->pkms", q, prefix_k, preferred_element_type=jnp.float32), softcap)
+    p, heads, _, s = scores.shape
+    # Rows come as [G, R, T]; where the mask is the same for all of G or T, these fold into R.
+    folded = scores.reshape(p, heads, prefix_mask.shape[1], -1, prefix_mask.shape[2], s)
+    return jnp.where(prefix_mask[:, None, :, None, :, :], folded, MASKED).reshape(p, heads, -1, s)
 
 
-def _forward(q, k, v, prefix, mask, prefix_mask):
-    own = _own_scores(q, k, mask)
+def _forward(softcap, q, k, v, prefix, mask, prefix_mask):
+    own = _own_scores(q, k, mask, softcap)
     top = own.max(-1, keepdims=True)
     if prefix is None:
         own = jnp.exp(own - top)
@@ -89,7 +100,7 @@ def _forward(q, k, v, prefix, mask, prefix_mask):
     else:
         prefix_k, prefix_v = prefix
         prompts, batch = prefix_k.shape[0], q.shape[0]
-        shared = _prefix_scores(_group(q, prompts), prefix_k, prefix_mask)
+        shared = _prefix_scores(_group(q, prompts), prefix_k, prefix_mask, softcap)
         top = jnp.maximum(top, _ungroup(shared.max(-1, keepdims=True), batch))
         own, shared = jnp.exp(own - top), jnp.exp(shared - _group(top, prompts))
         total = own.sum(-1, keepdims=True) + _ungroup(shared.sum(-1, keepdims=True), batch)
@@ -102,17 +113,21 @@ def _forward(q, k, v, prefix, mask, prefix_mask):
     return out, (q, k, v, prefix, mask, prefix_mask, out, top + jnp.log(total))
 
 
-def _through_softmax(scores, normaliser, d_out, values, delta):
-    """(probabilities, d loss / d scores) of one part, from its scores and the joint normaliser."""
+def _through_softmax(scores, normaliser, d_out, values, delta, softcap):
+    """(probabilities, d loss / d scores before the cap) of one part, from its scores and the joint normaliser."""
     probs = jnp.exp(scores - normaliser)
     d_probs = jnp.einsum("bkmh,bksh->bkms", d_out, values, preferred_element_type=jnp.float32)
-    return probs.astype(values.dtype), (probs * (d_probs - delta)).astype(values.dtype)
+    d_scores = probs * (d_probs - delta)
+    if softcap is not None:
+        # 1 - tanh^2; a masked score is far below -softcap and gets slope 0.
+        d_scores = d_scores * (1.0 - jnp.square(jnp.maximum(scores / softcap, -1.0)))
+    return probs.astype(values.dtype), d_scores.astype(values.dtype)
 
 
-def _backward(residuals, d_out):
+def _backward(softcap, residuals, d_out):
     q, k, v, prefix, mask, prefix_mask, out, normaliser = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    probs, d_scores = _through_softmax(_own_scores(q, k, mask), normaliser, d_out, v, delta)
+    probs, d_scores = _through_softmax(_own_scores(q, k, mask, softcap), normaliser, d_out, v, delta, softcap)
     d_q = jnp.einsum("bkms,bksh->bkmh", d_scores, k)
     d_k = jnp.einsum("bkms,bkmh->bksh", d_scores, q)
     d_v = jnp.einsum("bkms,bkmh->bksh", probs, d_out)
@@ -121,8 +136,8 @@ def _backward(residuals, d_out):
     prefix_k, prefix_v = prefix
     prompts = prefix_k.shape[0]
     q, d_out, normaliser, delta = (_group(x, prompts) for x in (q, d_out, normaliser, delta))
-    scores = _prefix_scores(q, prefix_k, prefix_mask)
-    probs, d_scores = _through_softmax(scores, normaliser, d_out, prefix_v, delta)
+    scores = _prefix_scores(q, prefix_k, prefix_mask, softcap)
+    probs, d_scores = _through_softmax(scores, normaliser, d_out, prefix_v, delta, softcap)
     d_q = d_q + _ungroup(jnp.einsum("pkms,pksh->pkmh", d_scores, prefix_k), d_q.shape[0])
     d_prefix = jnp.einsum("pkms,pkmh->pksh", d_scores, q), jnp.einsum("pkms,pkmh->pksh", probs, d_out)
     return d_q, d_k, d_v, d_prefix, None, None

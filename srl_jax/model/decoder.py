@@ -5,6 +5,7 @@ loop. The policy is `decoder.apply({"params": p, "lora": l}, ...)`; the referenc
 on the same weights.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
+
+_ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
 class Prefix(NamedTuple):
@@ -47,6 +50,50 @@ def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class LayerData(NamedTuple):
+    """What differs between layers beside their weights; scanned with them."""
+
+    index: Int[Array, "L"]
+    window: Int[Array, "L"]  # how many positions a query sees, its own included
+    rope: Int[Array, "L"]  # which of the `rope_tables`
+
+
+def layer_data(config: ModelConfig) -> LayerData:
+    windows = np.asarray(config.windows or [0] * config.n_layers, np.int32)
+    local = (windows > 0) & (config.local_rope_theta is not None)
+    return LayerData(
+        jnp.arange(config.n_layers), jnp.asarray(np.where(windows > 0, windows, _ALL)), jnp.asarray(local, jnp.int32)
+    )
+
+
+def rope_tables(config: ModelConfig) -> np.ndarray:
+    """Frequencies [R, H/2]: of most layers, and of windowed ones where they have a base of their own."""
+    tables = [rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)]
+    if config.local_rope_theta is not None:
+        tables.append(rope_frequencies(config.head_dim, config.local_rope_theta, None))
+    return np.stack(tables)
+
+
+class Scene(NamedTuple):
+    """What every layer is told alike. Distances are in positions, query minus key; negative is out of sight."""
+
+    cos: Float[Array, "R B T half"]
+    sin: Float[Array, "R B T half"]
+    distance: Int[Array, "1 T S"]
+    prefix_distance: Int[Array, "P #G #T Lp"] | None
+    step: Int[Array, ""] | None
+
+
+def _prefix_distance(config: ModelConfig, prefix: Prefix, positions: Int[Array, "B T"]) -> Int[Array, "P #G #T Lp"]:
+    """How far back each prompt position lies. Without windows it is 0 for all: what is real is seen."""
+    p, width = prefix.mask.shape
+    if not config.windows:
+        return jnp.where(prefix.mask, 0, -1)[:, None, None, :]
+    queries = positions.reshape(p, -1, positions.shape[1])[..., None]
+    distance = queries - jnp.arange(width)[None, None, None, :]
+    return jnp.where(prefix.mask[:, None, None, :], distance, -1)
 
 
 def _along_last(vector: Float[Array, "X"], like: Array) -> Array:
@@ -102,8 +149,11 @@ class Linear(nn.Module):
         return y.reshape(*batch_shape, self.features)
 
 
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+
+
 class Block(nn.Module):
-    """One pre-norm transformer layer; the body of the scan over layers."""
+    """One transformer layer; the body of the scan over layers."""
 
     config: ModelConfig
     lora_rank: int
@@ -111,7 +161,7 @@ class Block(nn.Module):
     keep_kv: bool
 
     @nn.compact
-    def __call__(self, carry, layer, prefix_kv, cos, sin, mask, prefix_mask, step):
+    def __call__(self, carry, layer: LayerData, prefix_kv, scene: Scene):
         x = carry
         c = self.config
         batch, t, _ = x.shape
@@ -128,6 +178,7 @@ class Block(nn.Module):
         v = v.reshape(batch, t, c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        cos, sin = scene.cos[layer.rope], scene.sin[layer.rope]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin).transpose(0, 2, 1, 3)
         kv = (k, v) if self.keep_kv else None
@@ -135,19 +186,25 @@ class Block(nn.Module):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
-            at = (layer, 0, 0, step, 0)
+            at = (layer.index, 0, 0, scene.step, 0)
             cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
             cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
-            k = jax.lax.dynamic_index_in_dim(cache_k.value, layer, keepdims=False).astype(k.dtype)
-            v = jax.lax.dynamic_index_in_dim(cache_v.value, layer, keepdims=False).astype(v.dtype)
-        y = attend(q, k, v, mask, prefix_kv, prefix_mask, scale=c.head_dim**-0.5)
-        x = x + linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
+            k = jax.lax.dynamic_index_in_dim(cache_k.value, layer.index, keepdims=False).astype(k.dtype)
+            v = jax.lax.dynamic_index_in_dim(cache_v.value, layer.index, keepdims=False).astype(v.dtype)
+
+        def seen(distance):
+            return None if distance is None else (distance >= 0) & (distance < layer.window)
+
+        masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
+        y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
+        y = linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
+        x = x + (RMSNorm(c.norm_eps, name="attention_post_norm")(y) if c.post_norms else y)
 
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate = linear("gate", c.d_ff, ("embed", "ff"))(y)
         up = linear("up", c.d_ff, ("embed", "ff"))(y)
-        x = x + linear("down", c.d_model, ("ff", "embed"))(nn.silu(gate) * up)
-        return x, kv
+        y = linear("down", c.d_model, ("ff", "embed"))(_ACTIVATIONS[c.activation](gate) * up)
+        return x + (RMSNorm(c.norm_eps, name="mlp_post_norm")(y) if c.post_norms else y), kv
 
 
 _REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -181,7 +238,8 @@ class Decoder(nn.Module):
 
         Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
         collection (`init_cache`), T must be 1: the token is written at column `step` and sees columns 0..step.
-        In both cases it sees all real positions of its row's prompt in `prefix`.
+        In both cases it sees all real positions of its row's prompt in `prefix`. Windowed layers see the nearest of
+        these only, by position: a row's own positions are consecutive, a prompt's start at 0.
         """
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -189,13 +247,15 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.param("head", init, (c.vocab_size, c.d_model))
         x = embedding[tokens]
-        frequencies = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-        t = tokens.shape[1]
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        frequencies = jnp.asarray(rope_tables(c))[:, None, None, :]
+        angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
         if step is None:
-            mask = jnp.tril(jnp.ones((1, t, t), bool))
+            columns = jnp.arange(tokens.shape[1])
+            distance = columns[None, :, None] - columns[None, None, :]
         else:
-            mask = (jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3]) <= step)[None, None, :]
+            distance = (step - jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3]))[None, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
         layers = nn.scan(
@@ -203,13 +263,14 @@ class Decoder(nn.Module):
             variable_axes={"params": 0, "lora": 0},
             variable_carry="cache",
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
-        prefix_mask = None if prefix is None else prefix.mask
-        x, kv = layers(x, jnp.arange(c.n_layers), prefix_kv, jnp.cos(angles), jnp.sin(angles), mask, prefix_mask, step)
+        prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
+        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, step)
+        x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
 
@@ -218,9 +279,11 @@ def head(params) -> Float[Array, "V D"]:
     return params.get("head", params["embedding"])
 
 
-def logits(params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def logits(config: ModelConfig, params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits of hidden states. Holds [..., V]: for tests and single decode steps only."""
-    return jnp.einsum("...d,vd->...v", hidden, head(params), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...d,vd->...v", hidden, head(params), preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict:

@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
 
@@ -33,6 +34,18 @@ _LAYER_NAMES = {
     ("q_norm", "scale"): ("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
     ("k_norm", "scale"): ("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
 }
+# With norms after each half (Gemma), Hugging Face's "post_attention_layernorm" is that norm, not the next half's own.
+_POST_NORM_NAMES = {
+    ("mlp_norm", "scale"): ("model.layers.{i}.pre_feedforward_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    ("attention_post_norm", "scale"): (
+        "model.layers.{i}.post_attention_layernorm.weight",
+        "blk.{i}.post_attention_norm.weight",
+    ),
+    ("mlp_post_norm", "scale"): (
+        "model.layers.{i}.post_feedforward_layernorm.weight",
+        "blk.{i}.post_ffw_norm.weight",
+    ),
+}
 _TOP_NAMES = {
     ("embedding",): ("model.embed_tokens.weight", "token_embd.weight"),
     ("final_norm", "scale"): ("model.norm.weight", "output_norm.weight"),
@@ -48,6 +61,7 @@ class _GgufSource:
     """Tensors of a GGUF file, dequantized to float32, under GGUF names."""
 
     column = 1
+    norm_offset = 0.0  # llama.cpp adds it when it converts
 
     def __init__(self, path: Path):
         import gguf
@@ -82,6 +96,7 @@ class _SafetensorsSource:
         from safetensors import safe_open
 
         self.config = from_hf(json.loads((directory / "config.json").read_text()))
+        self.norm_offset = self.config.norm_offset
         index = directory / "model.safetensors.index.json"
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -114,10 +129,24 @@ def _open(path: Path) -> Iterator[_GgufSource | _SafetensorsSource]:
         )
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The model's shapes, without its weights."""
+def tensor_names(config: ModelConfig, leaf: tuple[str, ...]) -> tuple[str, str]:
+    """(Hugging Face, GGUF) names of a leaf's tensor, or of each layer's with `{i}` for the layer."""
+    if leaf[0] != "layers":
+        return _TOP_NAMES[leaf]
+    names = _LAYER_NAMES | _POST_NORM_NAMES if config.post_norms else _LAYER_NAMES
+    return names[leaf[1:]]
+
+
+def leaf_dtype(leaf: tuple[str, ...], dtype):
+    """Norm scales are always float32: they are few, and 1 + w in bfloat16 would round most of a Gemma's w away."""
+    return jnp.float32 if leaf[-1] == "scale" else dtype
+
+
+def read_config(path: str | Path, *, new_rows: Mapping[int, Sequence[int]] | None = None) -> ModelConfig:
+    """The configuration that `load_params` would return, without the weights."""
     with _open(Path(path)) as source:
-        return source.config
+        config = source.config
+    return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows or {}))
 
 
 def expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -130,6 +159,8 @@ def expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...
         layer |= {("q", "bias"): (n * h,), ("k", "bias"): (k * h,), ("v", "bias"): (k * h,)}
     if config.qk_norm:
         layer |= {("q_norm", "scale"): (h,), ("k_norm", "scale"): (h,)}
+    if config.post_norms:
+        layer |= {("attention_post_norm", "scale"): (d,), ("mlp_post_norm", "scale"): (d,)}
     shapes = {("layers", *leaf): (config.n_layers, *shape) for leaf, shape in layer.items()}
     shapes |= {("embedding",): (config.vocab_size, d), ("final_norm", "scale"): (d,)}
     if not config.tie_embeddings:
@@ -142,37 +173,57 @@ def _fetch(source, names: tuple[str, str], shape: tuple[int, ...], transpose: bo
     array = source.get(name)
     if array is None:
         raise BadWeights(f"tensor {name!r} is missing; the file is not a complete {source.config.family} model")
+    if name.endswith("norm.weight") and source.norm_offset:
+        array = array + source.norm_offset
     array = array.T if transpose else array
     if array.shape != shape:
         raise BadWeights(f"tensor {name!r} gives shape {array.shape}, the configuration implies {shape}")
     return array
 
 
-def _add_rows(table: np.ndarray, new_rows: Sequence[Sequence[int]]) -> np.ndarray:
-    rows = [table[list(source)].mean(axis=0) for source in new_rows]
-    return np.concatenate([table, np.stack(rows).astype(table.dtype)]) if rows else table
+def _set_rows(table: np.ndarray, new_rows: Mapping[int, Sequence[int]]) -> np.ndarray:
+    rows = {i: table[list(source)].mean(axis=0).astype(table.dtype) for i, source in new_rows.items()}
+    fresh = _rows_after(table.shape[0], new_rows) - table.shape[0]
+    grown = np.concatenate([table, np.zeros((fresh, table.shape[1]), table.dtype)])
+    for i, row in rows.items():
+        grown[i] = row
+    return grown
+
+
+def _rows_after(rows: int, new_rows: Mapping[int, Sequence[int]]) -> int:
+    beyond = sorted(i for i in new_rows if i >= rows)
+    if beyond != list(range(rows, rows + len(beyond))):
+        raise BadWeights(
+            f"the embedding has {rows} rows and the tokenizer adds ids {beyond}; "
+            "model and tokenizer do not belong together"
+        )
+    return rows + len(beyond)
+
+
+Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]  # puts one host array, by its path, where it will live
 
 
 def load_params(
     path: str | Path,
     *,
     dtype=jnp.float32,
-    new_rows: Sequence[Sequence[int]] = (),
-    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+    new_rows: Mapping[int, Sequence[int]] | None = None,
+    place: Place | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Reads a model: its configuration and its `params` tree.
 
     Args:
       path: a `.gguf` file or a Hugging Face directory.
-      dtype: of the weights in memory.
-      new_rows: one list of source token ids for each token the tokenizer adds at the end of the vocabulary; the new
-        embedding (and head) row is the mean of the sources' rows.
-      place: puts one host array where it will live, given its path in the tree; default: the default device.
+      dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
+      new_rows: id of each token that the tokenizer adds -> its source ids; its embedding (and head) row becomes the
+        mean of theirs. Some tables have spare rows at the end for it; where they have not, they grow.
+      place: default: onto the default device.
 
     Raises:
       FileNotFoundError, UnsupportedModel, BadWeights: each naming the file, field or tensor.
     """
     put = place or (lambda _, array: jnp.asarray(array))
+    new_rows = new_rows or {}
     params: dict = {}
     with _open(Path(path)) as source:
         config = source.config
@@ -180,22 +231,23 @@ def load_params(
             transpose = leaf[-1] == "kernel"
             if leaf[0] == "layers":
                 per_layer = shape[1:]
-                array = np.empty(shape, dtype)
+                array = np.empty(shape, leaf_dtype(leaf, dtype))
                 for i in range(config.n_layers):
-                    array[i] = _fetch(source, _LAYER_NAMES[leaf[1:]], per_layer, transpose, i=i)
+                    array[i] = _fetch(source, tensor_names(config, leaf), per_layer, transpose, i=i)
             else:
-                array = _fetch(source, _TOP_NAMES[leaf], shape, transpose).astype(dtype)
+                array = _fetch(source, tensor_names(config, leaf), shape, transpose).astype(leaf_dtype(leaf, dtype))
                 if leaf[0] in ("embedding", "head"):
-                    array = _add_rows(array, new_rows)
+                    array = _set_rows(array, new_rows)
             node = params
             for key in leaf[:-1]:
                 node = node.setdefault(key, {})
             node[leaf[-1]] = put(leaf, array)
-    return dataclasses.replace(config, vocab_size=config.vocab_size + len(new_rows)), params
+    return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows)), params
 
 
-def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
+def random_params(config: ModelConfig, seed: int, dtype=jnp.float32, place: Place | None = None) -> dict:
     """Random weights of the true shapes, from host numpy: for tests, timings and the tiny recipe."""
+    put = place or (lambda _, array: jnp.asarray(array))
     rng = np.random.default_rng(seed)
     params: dict = {}
     for leaf, shape in expected_shapes(config).items():
@@ -209,7 +261,7 @@ def random_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> dict:
         node = params
         for key in leaf[:-1]:
             node = node.setdefault(key, {})
-        node[leaf[-1]] = jnp.asarray(array, dtype)
+        node[leaf[-1]] = put(leaf, array.astype(leaf_dtype(leaf, dtype)))
     return params
 
 
@@ -217,7 +269,7 @@ def weights_hash(params: dict) -> str:
     """SHA-256 over every leaf's path, type, shape and bytes: what a checkpoint's adapters belong to."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf if leaf.is_fully_addressable else process_allgather(leaf, tiled=True))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

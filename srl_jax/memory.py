@@ -1,0 +1,165 @@
+"""What a run will take of each device's memory, known before anything runs.
+
+Resident arrays are counted from their shapes and shardings. The sampler, the reference pass and the update are compiled
+for the devices at hand, from shapes alone, and asked what they need beside their inputs. No weight is read.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from srl_jax import grammar
+from srl_jax.config import TrainConfig, validate
+from srl_jax.model.decoder import abstract_variables
+from srl_jax.sampling import sample
+from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
+from srl_jax.student import Student, plan_student
+from srl_jax.train_step import StepSettings, TrainBatch, TrainState, make_optimizer, reference_logprobs, train_step
+
+_GIB = 2**30
+
+
+class DoesNotFit(RuntimeError):
+    """The configuration needs more memory than a device has; the message says which part and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes per device."""
+
+    resident: dict[str, int]  # arrays that stay for the whole run
+    programs: dict[str, int]  # what each compiled function takes beside them, while it runs
+    limit: int
+    platform: str  # the programs were compiled for
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + max(self.programs.values())
+
+    def check(self) -> None:
+        """Raises `DoesNotFit` when the peak exceeds the limit."""
+        if self.peak <= self.limit:
+            return
+        name = max(self.programs, key=self.programs.__getitem__)
+        remedies = {
+            "sample": "lower sampling.max_new_tokens, data.prompts_per_step or grpo.group_size",
+            "reference": "lower grpo.micro_batch",
+            "update": "lower grpo.micro_batch, or set model.remat=full",
+        }
+        base = self.resident["base weights"]
+        remedy = remedies[name]
+        if base > self.limit / 2:
+            remedy = "raise mesh.fsdp or mesh.tensor, or set model.dtype=bfloat16: the base weights take over half"
+        raise DoesNotFit(
+            f"a device has {self.limit / _GIB:.2f} GiB and this run needs {self.peak / _GIB:.2f} GiB "
+            f"(base weights {base / _GIB:.2f}, {name} {self.programs[name] / _GIB:.2f}); {remedy}"
+        )
+
+    def table(self) -> str:
+        """One line for each part, in MiB."""
+        lines = [f"bytes per device, MiB (programs compiled for {self.platform})"]
+        lines += [f"  {name:<24}{size / 2**20:>12,.1f}" for name, size in self.resident.items()]
+        lines += [f"  while in {name:<15}{size / 2**20:>12,.1f}" for name, size in self.programs.items()]
+        lines += [f"  {'peak':<24}{self.peak / 2**20:>12,.1f}", f"  {'limit':<24}{self.limit / 2**20:>12,.1f}"]
+        return "\n".join(lines)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def device_limit() -> int:
+    """Bytes one local device may hold: what its runtime says, or its share of the host's memory on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def plan(config: TrainConfig, limit: int | None = None) -> Plan:
+    """The memory plan of a run of `config` on the devices that JAX sees; `limit` overrides `device_limit()`.
+
+    Raises what `validate`, `make_mesh` and `plan_student` raise. Does not raise when it does not fit: see `check`.
+    """
+    validate(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    student = plan_student(config, mesh)
+    lora = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(abstract_variables(student.decoder)["lora"]),
+        variable_shardings(mesh, student.decoder)["lora"],
+    )
+    optimizer, _ = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
+    state = _state(student, lora, optimizer)
+    automaton = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student.automaton)
+    resident = {
+        "base weights": device_bytes(student.params),
+        "adapters": device_bytes(lora),
+        "optimiser": device_bytes(state.opt_state),
+        "grammar": device_bytes(automaton),
+    }
+    batch = _batch(student, automaton, config)
+    settings = StepSettings(micro_batch=config.grpo.micro_batch)
+    merged = student.params["embedding"].dtype == jnp.float32  # see Student.sampling_variables
+    variables = {"params": student.params} | ({} if merged else {"lora": lora})
+    sampler = sample.lower(
+        student.decoder, variables, automaton, batch.prompt_tokens, batch.prompt_lengths, jax.random.key(0),
+        group_size=config.grpo.group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+    )  # fmt: skip
+    reference = reference_logprobs.lower(student.decoder, student.params, automaton, batch, settings=settings)
+    update = train_step.lower(
+        state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
+    )
+    own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
+    batch_bytes = device_bytes(batch)
+    programs = {
+        "sample": _beside_inputs(sampler) + own_copy,
+        "reference": _beside_inputs(reference) + batch_bytes,
+        "update": _beside_inputs(update) + batch_bytes,
+    }
+    return Plan(resident, programs, device_limit() if limit is None else limit, jax.default_backend())
+
+
+def _beside_inputs(lowered: jax.stages.Lowered) -> int:
+    """Temporaries and outputs of a compiled function; donated inputs that become outputs count once, as inputs."""
+    analysis = lowered.compile().memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def _state(student: Student, lora: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    alone = replicated(student.mesh)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, like: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding),
+        jax.eval_shape(optimizer.init, lora),
+        lora,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
+    return TrainState(step, lora, opt_state, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=alone))
+
+
+def _batch(student: Student, automaton: grammar.TokenAutomaton, config: TrainConfig) -> TrainBatch:
+    p, g, t = config.data.prompts_per_step, config.grpo.group_size, config.sampling.max_new_tokens
+    split = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(student.mesh))
+    tokens = split((p, g, t), jnp.int32)
+    one = jax.eval_shape(lambda a: grammar.initial_state(a, 1, t, config.sampling.max_think_tokens), automaton)
+    states = jax.tree.map(lambda x: split((p, g, t), x.dtype), one)
+    return TrainBatch(
+        split((p, config.data.max_prompt_tokens), jnp.int32),
+        split((p,), jnp.int32),
+        tokens,
+        split((p, g, t), jnp.bool_),
+        states,
+        split((p, g, t), jnp.float32),
+        split((p, g), jnp.float32),
+    )
