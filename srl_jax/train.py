@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import jax
 
 from srl_jax.config import TrainConfig
-from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks, write_json
+from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
+from srl_jax.evaluation import write_json
+from srl_jax.floors import write_bounds
 from srl_jax.metrics import MetricWriter
 from srl_jax.records import TeacherRecord
 from srl_jax.report import write_report
@@ -76,9 +78,15 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def train(
-    config: TrainConfig, workdir: str | os.PathLike[str], stream: RecordStream, held_out: Sequence[TeacherRecord]
+    config: TrainConfig,
+    workdir: str | os.PathLike[str],
+    stream: RecordStream,
+    held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord] = (),
 ) -> bool:
     """Trains to `config.steps`, evaluating base and student on `held_out`; writes everything under `workdir`.
+
+    `corpus` are training records to take the most common trace from; without them the report lacks that floor.
 
     Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises.
     """
@@ -93,13 +101,14 @@ def train(
             write_json(run.workdir / "environment.json", environment())
             if start:
                 writer.note(f"resumed at step {start} of {config.steps}")
-            return _loop(run, stream, held_out, writer, stop, start)
+            return _loop(run, stream, held_out, corpus, writer, stop, start)
 
 
 def _loop(
     run: Run,
     stream: RecordStream,
     held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord],
     writer: MetricWriter,
     stop: StopRequested,
     start: int,
@@ -138,6 +147,8 @@ def _loop(
             if step == config.steps or step % config.checkpoint.every == 0:
                 run.checkpoints.save(step, run.state, stream.get_state())
         run.checkpoints.wait()
+        stop.check()
+        write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config)
         assess("student", run.state.lora, again=True)
     except Stopped as reason:
         run.checkpoints.save(step, run.state, stream.get_state())
