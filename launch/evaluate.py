@@ -5,14 +5,13 @@ report.md with its plots into --out (default: the run's directory).
 Exit code: 0 done, 2 a mistake in flags, data or run.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
 from data_pipeline.load import DataError, read_sample, read_split
 from srl_jax import cli
-from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.config import read_config
 from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -24,9 +23,7 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> int:
     workdir = Path(_WORKDIR.value)
-    if not (workdir / "config.json").is_file():
-        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
-    config = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    config = read_config(workdir)
     config.eval.split = _SPLIT.value or config.eval.split
     config.eval.max_tasks = _TASKS.value or config.eval.max_tasks
     held_out = read_split(config.data.dir, config.eval.split)

@@ -14,6 +14,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from srl_jax.rewards import RewardConfig
@@ -248,6 +249,14 @@ def validate(config: TrainConfig) -> None:
             config.grpo.micro_batch,
             f"must be a multiple of mesh.data * mesh.fsdp = {mesh.data * mesh.fsdp}, the shards of the batch",
         )
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """The configuration a run was trained with; raises `ConfigError` when `workdir` is no run's directory."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
+    return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def config_hash(config: TrainConfig) -> str:
