@@ -186,6 +186,7 @@ class SandboxSettings(Section):
 class TrainConfig(Section):
     """One run. Equal configurations on equal data and hardware give equal trajectories."""
 
+    method: str = choice("srl", "sft")  # "sft": the baseline, likelihood of the teacher's traces, no rollouts
     seed: int = number(0, at_least=0, below=2**31)
     steps: int = number(100, at_least=1)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)

@@ -22,6 +22,7 @@ from srl_jax.records import TeacherRecord
 from srl_jax.report import write_report
 from srl_jax.rollout import collect_rollouts, executable_only
 from srl_jax.run import Run, environment
+from srl_jax.sft import collect_traces, sft_settings, sft_step
 from srl_jax.train_step import StepSettings, train_step
 
 
@@ -164,9 +165,14 @@ def _one_step(run: Run, records: Iterator[TeacherRecord], step: int) -> dict[str
     config, student, settings = run.config, run.student, step_settings(run.config)
     began = time.perf_counter()
     key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
-    batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
+    if config.method == "sft":
+        batch, metrics = collect_traces(student, records, config)
+        update, settings = sft_step, sft_settings(config, settings)
+    else:
+        batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
+        update = train_step
     updating = time.perf_counter()
-    run.state, scalars = train_step(
+    run.state, scalars = update(
         run.state, student.params, student.automaton, batch,
         decoder=student.decoder, optimizer=run.optimizer, settings=settings,
     )  # fmt: skip
