@@ -62,10 +62,14 @@ def evaluation_item(tokenizer: Tokenizer, record: TeacherRecord, text: str, scor
 
 def write_json(path: str | os.PathLike[str], value: dict) -> None:
     """Writes JSON atomically."""
-    path = Path(path)
+    write_bytes(Path(path), json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically: what was there stays until the whole of `data` is on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

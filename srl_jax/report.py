@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import bootstrap_ci, paired_bootstrap_ci
 from srl_jax.metrics import read_metrics
 
@@ -108,7 +109,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         *(_side_by_side(*pair) for pair in _chosen(base, student)),
     ]
     path = workdir / REPORT_FILE
-    _write_atomically(path, ("\n\n".join(sections) + "\n").encode())
+    write_bytes(path, ("\n\n".join(sections) + "\n").encode())
     return path
 
 
@@ -166,7 +167,7 @@ def _comparison(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping],
         both = [(b, s) for b, s in pairs if b is not None and s is not None]
         difference = str(paired_bootstrap_ci(*zip(*both, strict=True))) if both else "-"
         rows.append([measure, *cells, difference])
-    return _table(["", *items, "student - base"], rows)
+    return markdown_table(["", *items, "student - base"], rows)
 
 
 def _by_slice(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
@@ -183,7 +184,8 @@ def _rejections(items: Mapping[str, Sequence[Mapping]]) -> str:
     reasons = sorted(set().union(*counts.values()))
     if not reasons:
         return "None: every trace parses."
-    return _table(["reason", *items], [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons])
+    rows = [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons]
+    return markdown_table(["reason", *items], rows)
 
 
 def _plots(
@@ -304,7 +306,8 @@ def _interval(values: Sequence[float]) -> str:
     return str(bootstrap_ci(values)) if values else "-"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -312,13 +315,4 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _save_figure(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    _write_atomically(path, image.getvalue())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_bytes(path, image.getvalue())
