@@ -1,7 +1,7 @@
 """Evaluate a run's base and student: `python launch/evaluate.py --workdir=runs/demo --split=test`.
 
 Reads the run's own configuration and newest checkpoint; writes eval_*.json (teacher, floors, base, student) and
-report.md with its plots into --out (default: the run's directory).
+report.md with its plots and page.html into --out (default: the run's directory).
 Exit code: 0 done, 2 a mistake in flags, data or run.
 """
 

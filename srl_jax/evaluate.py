@@ -17,6 +17,7 @@ from srl_jax.checkpoint import CheckpointError
 from srl_jax.config import TrainConfig
 from srl_jax.evaluation import evaluation_item, summary, write_json
 from srl_jax.floors import write_bounds
+from srl_jax.page import write_page
 from srl_jax.records import TeacherRecord
 from srl_jax.report import load_evaluation, write_report
 from srl_jax.rollout import executable, sample_groups
@@ -154,4 +155,5 @@ def evaluate_run(
             advance = partial(bar.advance, bar.add_task(f"evaluating {name}", total=len(tasks)))
             result = evaluate(run.student, adapters, tasks, run.judge, config, name=name, advance=advance)
             write_json(out / f"eval_{name}.json", result)
+    write_page(out)
     return write_report(out)

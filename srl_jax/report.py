@@ -26,7 +26,7 @@ REPORT_FILE = "report.md"
 
 # Row of the tables -> value of one item; None where there is none: a malformed trace has no components, and one that
 # the sandbox could not judge has no reward.
-_MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "reward": lambda item: item["reward"],
     "R_action": lambda item: item["action"],
     "R_state": lambda item: item["state"],
@@ -154,15 +154,16 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
     return "  \n".join(lines)
 
 
-def _values(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
-    values = (_MEASURES[measure](item) for item in items)
+def values_of(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
+    """What a measure of `MEASURES` is for each item that has it."""
+    values = (MEASURES[measure](item) for item in items)
     return [value for value in values if value is not None]
 
 
 def _comparison(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
     rows = []
-    for measure, value_of in _MEASURES.items():
-        cells = [_interval(_values(some, measure)) for some in items.values()]
+    for measure, value_of in MEASURES.items():
+        cells = [_interval(values_of(some, measure)) for some in items.values()]
         pairs = [(value_of(b), value_of(s)) for b, s in zip(base, student, strict=True)]
         both = [(b, s) for b, s in pairs if b is not None and s is not None]
         difference = str(paired_bootstrap_ci(*zip(*both, strict=True))) if both else "-"
@@ -212,7 +213,7 @@ def _plots(
             file = directory / f"{names[0].split('/')[0]}.png"
             _save_figure(_curve_figure(title, series), file)
             shown.append(f"![{title}](plots/{file.name})")
-    points = [(step, values) for step, some in sorted(held_out.items()) if (values := _values(some, "reward"))]
+    points = [(step, values) for step, some in sorted(held_out.items()) if (values := values_of(some, "reward"))]
     if len(points) > 2:
         _save_figure(_held_out_figure(points), directory / "held_out.png")
         shown.append("![Held-out reward](plots/held_out.png)")
@@ -253,7 +254,7 @@ def _before_after_figure(items: Mapping[str, Sequence[Mapping]]) -> Figure:
     measures = ["reward", "R_action", "R_state", "R_think", "parse rate", "execution success"]
     width = 0.8 / len(items)
     for index, (name, some) in enumerate(items.items()):
-        present = [(place, _values(some, m)) for place, m in enumerate(measures) if _values(some, m)]
+        present = [(place, values_of(some, m)) for place, m in enumerate(measures) if values_of(some, m)]
         intervals = [bootstrap_ci(values) for _, values in present]
         errors = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
         places = [place + index * width for place, _ in present]

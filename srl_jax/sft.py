@@ -19,7 +19,7 @@ from srl_jax import grammar
 from srl_jax.config import TrainConfig
 from srl_jax.model.decoder import Decoder
 from srl_jax.records import TeacherRecord
-from srl_jax.rollout import make_batch, take_prompts
+from srl_jax.rollout import PromptTooLong, make_batch, take_prompts
 from srl_jax.student import Student, pad_prompts
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, descend, policy_logprobs
 
@@ -27,8 +27,8 @@ from srl_jax.train_step import StepSettings, TrainBatch, TrainState, descend, po
 _MAX_SKIPPED = 1000
 
 
-class TraceTooLong(ValueError):
-    """No teacher's trace of the data set fits into the completion budget."""
+class TraceTooLong(PromptTooLong):
+    """No teacher's trace of the data set fits into the completion budget: as much a user's mistake as its base is."""
 
 
 def sft_settings(config: TrainConfig, settings: StepSettings) -> StepSettings:

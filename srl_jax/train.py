@@ -18,6 +18,7 @@ from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
 from srl_jax.evaluation import write_json
 from srl_jax.floors import write_bounds
 from srl_jax.metrics import MetricWriter
+from srl_jax.page import write_page
 from srl_jax.records import TeacherRecord
 from srl_jax.report import write_report
 from srl_jax.rollout import collect_rollouts, executable_only
@@ -156,7 +157,7 @@ def _loop(
         run.checkpoints.wait()
         writer.note(f"stopped by {reason}; saved at step {step}. Run the same command to go on.")
         return False
-    writer.note(f"report: {write_report(run.workdir)}")
+    writer.note(f"report: {write_report(run.workdir)}, every trace: {write_page(run.workdir)}")
     return True
 
 
