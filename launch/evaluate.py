@@ -11,7 +11,7 @@ from absl import flags
 
 from data_pipeline.load import DataError, read_sample, read_split
 from srl_jax import cli
-from srl_jax.config import read_config
+from srl_jax.config import NotARun, read_config
 from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -37,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError)
+    cli.run(main, DataError, NotARun)

@@ -11,7 +11,7 @@ from absl import flags
 from rich.console import Console
 
 from srl_jax import cli, worktree
-from srl_jax.config import read_config
+from srl_jax.config import NotARun, read_config
 from srl_jax.trace import LANGUAGES
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run whose student is used.")
@@ -56,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, worktree.DirectoryError)
+    cli.run(main, worktree.DirectoryError, NotARun)

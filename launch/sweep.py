@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from srl_jax import cli
+from srl_jax.report import ReportError
 from srl_jax.sweep import SweepError, load_recipe, plan, run_jobs
 from srl_jax.sweep_report import write_sweep_report
 
@@ -42,4 +43,4 @@ def _note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, SweepError)
+    cli.run(main, SweepError, ReportError)

@@ -28,6 +28,10 @@ class ConfigError(ValueError):
         super().__init__(f"config.{field} = {value!r}: {expected}")
 
 
+class NotARun(ValueError):
+    """A directory that is not that of a run; the message says what is missing."""
+
+
 def number(
     default: float,
     *,
@@ -253,11 +257,14 @@ def validate(config: TrainConfig) -> None:
 
 
 def read_config(workdir: Path) -> TrainConfig:
-    """The configuration a run was trained with; raises `ConfigError` when `workdir` is no run's directory."""
+    """The configuration a run was trained with; raises `NotARun` when `workdir` holds none that can be read."""
     path = workdir / "config.json"
-    if not path.is_file():
-        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
-    return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise NotARun(f"{workdir} holds no config.json, so it is not a run; give a --workdir of train.py") from None
+    except json.JSONDecodeError as error:
+        raise NotARun(f"{path} is not JSON ({error}); run launch/train.py again, it writes the file anew") from None
 
 
 def config_hash(config: TrainConfig) -> str:

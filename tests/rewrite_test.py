@@ -203,7 +203,7 @@ def propose(config, workdir, request):
         return rewrite.judge(traces, request.files, sandbox, None)
 
 rewrite.propose = propose
-launch.rewrite.cli.run(launch.rewrite.main, launch.rewrite.worktree.DirectoryError)
+launch.rewrite.cli.run(launch.rewrite.main, launch.rewrite.worktree.DirectoryError, launch.rewrite.NotARun)
 """
 
 
