@@ -1,6 +1,7 @@
 """Reads a data set: Grain over ArrayRecord, balanced by slice, shuffled by seed, resumable to the record."""
 
 import hashlib
+import itertools
 import json
 import logging
 import threading
@@ -15,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.write import FORMAT, MANIFEST
 from srl_jax.records import SCHEMA_VERSION, CorruptRecord, TeacherRecord, decode_record
 
-__all__ = ["DataError", "make_loader", "make_stream", "read_manifest", "read_split", "verify"]
+__all__ = ["DataError", "make_loader", "make_stream", "read_manifest", "read_sample", "read_split", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,11 @@ def read_split(
     sources = _sources(data_dir, split, max_corrupt_share)
     records = [record for source in sources.values() for i in range(len(source)) if (record := source[i]) is not None]
     return sorted(records, key=lambda record: hashlib.sha256(record.task.task_id.encode()).digest())
+
+
+def read_sample(data_dir: str | Path, split: str, count: int) -> list[TeacherRecord]:
+    """At most `count` records of a split, every slice by its size; the same ones every time."""
+    return list(itertools.islice(make_stream(data_dir, split, seed=0, repeat=False), count))
 
 
 def verify(data_dir: str | Path) -> None:

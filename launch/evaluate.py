@@ -1,17 +1,18 @@
 """Evaluate a run's base and student: `python launch/evaluate.py --workdir=runs/demo --split=test`.
 
-Reads the run's own configuration and newest checkpoint; writes eval_base.json, eval_student.json and report.md with its
-plots into --out (default: the run's directory). Exit code: 0 done, 2 a mistake in flags, data or run.
+Reads the run's own configuration and newest checkpoint; writes eval_*.json (teacher, floors, base, student) and
+report.md with its plots and page.html into --out (default: the run's directory).
+Exit code: 0 done, 2 a mistake in flags, data or run.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
-from data_pipeline.load import DataError, read_split
+from data_pipeline.load import DataError, read_sample, read_split
 from srl_jax import cli
-from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.config import NotARun, read_config
+from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Where the evaluation goes; default: the run's directory.")
@@ -22,18 +23,18 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> int:
     workdir = Path(_WORKDIR.value)
-    if not (workdir / "config.json").is_file():
-        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
-    config = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    config = read_config(workdir)
     config.eval.split = _SPLIT.value or config.eval.split
     config.eval.max_tasks = _TASKS.value or config.eval.max_tasks
     held_out = read_split(config.data.dir, config.eval.split)
 
+    corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
+
     from srl_jax.evaluate import evaluate_run  # the accelerator stack, only once everything else is right
 
-    print(evaluate_run(config, workdir, Path(_OUT.value or workdir), held_out))
+    print(evaluate_run(config, workdir, Path(_OUT.value or workdir), held_out, corpus))
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError)
+    cli.run(main, DataError, NotARun)

@@ -7,9 +7,10 @@ Exit code: 0 done, 2 a mistake in flags, data or model, 3 stopped by a signal af
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipeline.load import DataError, make_stream, read_split
+from data_pipeline.load import DataError, make_stream, read_sample, read_split
 from srl_jax import cli
 from srl_jax.config import validate
+from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in configs/ with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
@@ -22,9 +23,11 @@ def main() -> int:
     held_out = read_split(config.data.dir, config.eval.split)
     stream = make_stream(config.data.dir, "train", seed=config.seed, slice_weights=config.data.slice_weights or None)
 
+    corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
+
     from srl_jax.train import train  # the accelerator stack, only once everything else is right
 
-    return 0 if train(config, _WORKDIR.value, stream, held_out) else 3
+    return 0 if train(config, _WORKDIR.value, stream, held_out, corpus) else 3
 
 
 if __name__ == "__main__":

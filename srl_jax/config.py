@@ -14,6 +14,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from srl_jax.rewards import RewardConfig
@@ -25,6 +26,10 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: object, expected: str):
         self.field = field
         super().__init__(f"config.{field} = {value!r}: {expected}")
+
+
+class NotARun(ValueError):
+    """A directory that is not that of a run; the message says what is missing."""
 
 
 def number(
@@ -185,6 +190,7 @@ class SandboxSettings(Section):
 class TrainConfig(Section):
     """One run. Equal configurations on equal data and hardware give equal trajectories."""
 
+    method: str = choice("srl", "sft")  # "sft": the baseline, likelihood of the teacher's traces, no rollouts
     seed: int = number(0, at_least=0, below=2**31)
     steps: int = number(100, at_least=1)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
@@ -248,6 +254,17 @@ def validate(config: TrainConfig) -> None:
             config.grpo.micro_batch,
             f"must be a multiple of mesh.data * mesh.fsdp = {mesh.data * mesh.fsdp}, the shards of the batch",
         )
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """The configuration a run was trained with; raises `NotARun` when `workdir` holds none that can be read."""
+    path = workdir / "config.json"
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise NotARun(f"{workdir} holds no config.json, so it is not a run; give a --workdir of train.py") from None
+    except json.JSONDecodeError as error:
+        raise NotARun(f"{path} is not JSON ({error}); run launch/train.py again, it writes the file anew") from None
 
 
 def config_hash(config: TrainConfig) -> str:

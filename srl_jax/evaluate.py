@@ -4,8 +4,6 @@ The KL of an item is its mean log-ratio to the base over its tokens, under the p
 """
 
 import dataclasses
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,19 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.progress import Progress
 
 from srl_jax.checkpoint import CheckpointError
 from srl_jax.config import TrainConfig
+from srl_jax.evaluation import evaluation_item, summary, write_json
+from srl_jax.floors import write_bounds
+from srl_jax.page import write_page
 from srl_jax.records import TeacherRecord
 from srl_jax.report import load_evaluation, write_report
 from srl_jax.rollout import executable, sample_groups
 from srl_jax.run import Run
-from srl_jax.sandbox.service import RewardService, Score
+from srl_jax.sandbox.service import RewardService
 from srl_jax.student import Student
-from srl_jax.tokenizer import render_prompt
-from srl_jax.trace import TraceError, parse_trace, render_state
 from srl_jax.train_step import StepSettings
 
 # Parts of the configuration that a greedy evaluation of given weights depends on.
@@ -120,82 +118,42 @@ def evaluate(
             ratio = groups.arrays["logprobs"][i, 0] - groups.arrays["ref"][i, 0]
             items.append(
                 {
-                    **_item(student, record, groups.texts[i][0], groups.scores[i][0], config),
+                    **evaluation_item(student.tokenizer, record, groups.texts[i][0], groups.scores[i][0], config),
                     "kl": float(ratio[mask].mean()),
                     "tokens": int(mask.sum()),
                 }
             )
         advance(len(batch))
     seconds = time.perf_counter() - started
-    rewards = [item["reward"] for item in items if item["reward"] is not None]
     metrics = {
-        "tasks": len(items),
+        **summary(items),
         "seconds": round(seconds, 2),
         "seconds_by_part": {part: round(value, 2) for part, value in sorted(timing.items()) if part != "tokens"},
-        "reward": float(np.mean(rewards)) if rewards else None,
-        "parse_rate": float(np.mean([item["rejection"] is None for item in items])),
     }
     return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
 
 
-def _item(student: Student, record: TeacherRecord, text: str, score: Score, config: TrainConfig) -> dict:
-    reward, report = score.reward, score.report
-    try:
-        trace = parse_trace(text)
-        think, state = trace.think, render_state(trace.state)
-    except TraceError:
-        think = state = ""
-    count = lambda part: len(student.tokenizer.encode_text(part))
-    executed = report is not None
-    # A malformed answer cannot be executed, which is a failure; an execution that could not run is unknown.
-    executing = config.eval.execute or config.reward.execution > 0
-    malformed = reward is not None and reward.rejection is not None
-    return {
-        "task_id": record.task.task_id,
-        "slice": record.task.slice,
-        "rule": record.task.rule,
-        "instruction": record.task.instruction,
-        "prompt": render_prompt(record.task, few_shot=config.data.few_shot, chat=student.tokenizer.has_chat_markers),
-        "completion": text,
-        "teacher": record.trace,
-        "reward": None if reward is None else reward.total,
-        "action": None if reward is None else reward.action,
-        "state": None if reward is None else reward.state,
-        "think": None if reward is None else reward.think,
-        "brevity": None if reward is None else reward.brevity,
-        "rejection": reward.rejection.value if malformed else None,
-        "executed": executed,
-        "success": report.success if executed else (False if executing and malformed else None),
-        "status": report.status.value if executed else score.unscored,
-        "diff": report.diff if executed else None,
-        "think_tokens": count(think),
-        "state_tokens": count(state),
-    }
+def evaluate_run(
+    config: TrainConfig,
+    workdir: Path,
+    out: Path,
+    held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord] = (),
+) -> Path:
+    """Evaluates teacher, floors (`corpus`: training records), base and newest checkpoint of the run in `workdir`.
 
-
-def evaluate_run(config: TrainConfig, workdir: Path, out: Path, held_out: Sequence[TeacherRecord]) -> Path:
-    """Evaluates base and newest checkpoint of the run in `workdir`; returns the report written into `out`.
-
-    Raises `CheckpointError` when the run has no checkpoint yet, and what `Run` raises.
+    Returns the report written into `out`. Raises `CheckpointError` when the run has no checkpoint yet, and what `Run`
+    raises.
     """
     with Run(config, workdir, read_only=True) as run, Progress() as bar:
         if run.resume() is None:
             raise CheckpointError(f"{workdir}: no checkpoint to evaluate; train first")
         tasks = fitting_tasks(run.student, held_out, config, runners=run.runners, note=bar.console.print)
         out.mkdir(parents=True, exist_ok=True)
+        write_bounds(out, tasks, corpus, run.student.tokenizer, run.judge, config)
         for name, adapters in (("base", None), ("student", run.state.lora)):
             advance = partial(bar.advance, bar.add_task(f"evaluating {name}", total=len(tasks)))
             result = evaluate(run.student, adapters, tasks, run.judge, config, name=name, advance=advance)
             write_json(out / f"eval_{name}.json", result)
+    write_page(out)
     return write_report(out)
-
-
-def write_json(path: str | os.PathLike[str], value: dict) -> None:
-    """Writes JSON atomically."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import bootstrap_ci, paired_bootstrap_ci
 from srl_jax.metrics import read_metrics
 
@@ -25,7 +26,7 @@ REPORT_FILE = "report.md"
 
 # Row of the tables -> value of one item; None where there is none: a malformed trace has no components, and one that
 # the sandbox could not judge has no reward.
-_MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "reward": lambda item: item["reward"],
     "R_action": lambda item: item["action"],
     "R_state": lambda item: item["state"],
@@ -108,7 +109,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         *(_side_by_side(*pair) for pair in _chosen(base, student)),
     ]
     path = workdir / REPORT_FILE
-    _write_atomically(path, ("\n\n".join(sections) + "\n").encode())
+    write_bytes(path, ("\n\n".join(sections) + "\n").encode())
     return path
 
 
@@ -153,20 +154,21 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
     return "  \n".join(lines)
 
 
-def _values(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
-    values = (_MEASURES[measure](item) for item in items)
+def values_of(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
+    """What a measure of `MEASURES` is for each item that has it."""
+    values = (MEASURES[measure](item) for item in items)
     return [value for value in values if value is not None]
 
 
 def _comparison(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
     rows = []
-    for measure, value_of in _MEASURES.items():
-        cells = [_interval(_values(some, measure)) for some in items.values()]
+    for measure, value_of in MEASURES.items():
+        cells = [_interval(values_of(some, measure)) for some in items.values()]
         pairs = [(value_of(b), value_of(s)) for b, s in zip(base, student, strict=True)]
         both = [(b, s) for b, s in pairs if b is not None and s is not None]
         difference = str(paired_bootstrap_ci(*zip(*both, strict=True))) if both else "-"
         rows.append([measure, *cells, difference])
-    return _table(["", *items, "student - base"], rows)
+    return markdown_table(["", *items, "student - base"], rows)
 
 
 def _by_slice(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
@@ -183,7 +185,8 @@ def _rejections(items: Mapping[str, Sequence[Mapping]]) -> str:
     reasons = sorted(set().union(*counts.values()))
     if not reasons:
         return "None: every trace parses."
-    return _table(["reason", *items], [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons])
+    rows = [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons]
+    return markdown_table(["reason", *items], rows)
 
 
 def _plots(
@@ -210,7 +213,7 @@ def _plots(
             file = directory / f"{names[0].split('/')[0]}.png"
             _save_figure(_curve_figure(title, series), file)
             shown.append(f"![{title}](plots/{file.name})")
-    points = [(step, values) for step, some in sorted(held_out.items()) if (values := _values(some, "reward"))]
+    points = [(step, values) for step, some in sorted(held_out.items()) if (values := values_of(some, "reward"))]
     if len(points) > 2:
         _save_figure(_held_out_figure(points), directory / "held_out.png")
         shown.append("![Held-out reward](plots/held_out.png)")
@@ -251,7 +254,7 @@ def _before_after_figure(items: Mapping[str, Sequence[Mapping]]) -> Figure:
     measures = ["reward", "R_action", "R_state", "R_think", "parse rate", "execution success"]
     width = 0.8 / len(items)
     for index, (name, some) in enumerate(items.items()):
-        present = [(place, _values(some, m)) for place, m in enumerate(measures) if _values(some, m)]
+        present = [(place, values_of(some, m)) for place, m in enumerate(measures) if values_of(some, m)]
         intervals = [bootstrap_ci(values) for _, values in present]
         errors = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
         places = [place + index * width for place, _ in present]
@@ -304,7 +307,8 @@ def _interval(values: Sequence[float]) -> str:
     return str(bootstrap_ci(values)) if values else "-"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -312,13 +316,4 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _save_figure(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    _write_atomically(path, image.getvalue())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_bytes(path, image.getvalue())

@@ -14,12 +14,16 @@ from typing import Any, Protocol
 import jax
 
 from srl_jax.config import TrainConfig
-from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks, write_json
+from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
+from srl_jax.evaluation import write_json
+from srl_jax.floors import write_bounds
 from srl_jax.metrics import MetricWriter
+from srl_jax.page import write_page
 from srl_jax.records import TeacherRecord
 from srl_jax.report import write_report
 from srl_jax.rollout import collect_rollouts, executable_only
 from srl_jax.run import Run, environment
+from srl_jax.sft import collect_traces, sft_settings, sft_step
 from srl_jax.train_step import StepSettings, train_step
 
 
@@ -76,9 +80,15 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def train(
-    config: TrainConfig, workdir: str | os.PathLike[str], stream: RecordStream, held_out: Sequence[TeacherRecord]
+    config: TrainConfig,
+    workdir: str | os.PathLike[str],
+    stream: RecordStream,
+    held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord] = (),
 ) -> bool:
     """Trains to `config.steps`, evaluating base and student on `held_out`; writes everything under `workdir`.
+
+    `corpus` are training records to take the most common trace from; without them the report lacks that floor.
 
     Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises.
     """
@@ -93,13 +103,14 @@ def train(
             write_json(run.workdir / "environment.json", environment())
             if start:
                 writer.note(f"resumed at step {start} of {config.steps}")
-            return _loop(run, stream, held_out, writer, stop, start)
+            return _loop(run, stream, held_out, corpus, writer, stop, start)
 
 
 def _loop(
     run: Run,
     stream: RecordStream,
     held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord],
     writer: MetricWriter,
     stop: StopRequested,
     start: int,
@@ -138,13 +149,15 @@ def _loop(
             if step == config.steps or step % config.checkpoint.every == 0:
                 run.checkpoints.save(step, run.state, stream.get_state())
         run.checkpoints.wait()
+        stop.check()
+        write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config)
         assess("student", run.state.lora, again=True)
     except Stopped as reason:
         run.checkpoints.save(step, run.state, stream.get_state())
         run.checkpoints.wait()
         writer.note(f"stopped by {reason}; saved at step {step}. Run the same command to go on.")
         return False
-    writer.note(f"report: {write_report(run.workdir)}")
+    writer.note(f"report: {write_report(run.workdir)}, every trace: {write_page(run.workdir)}")
     return True
 
 
@@ -153,9 +166,14 @@ def _one_step(run: Run, records: Iterator[TeacherRecord], step: int) -> dict[str
     config, student, settings = run.config, run.student, step_settings(run.config)
     began = time.perf_counter()
     key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
-    batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
+    if config.method == "sft":
+        batch, metrics = collect_traces(student, records, config)
+        update, settings = sft_step, sft_settings(config, settings)
+    else:
+        batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
+        update = train_step
     updating = time.perf_counter()
-    run.state, scalars = train_step(
+    run.state, scalars = update(
         run.state, student.params, student.automaton, batch,
         decoder=student.decoder, optimizer=run.optimizer, settings=settings,
     )  # fmt: skip

@@ -5,6 +5,7 @@ Denominators count the global batch, so micro-batches add up to the whole and de
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -179,13 +180,31 @@ def train_step(
         }
         return value, sums
 
+    names = ("entropy", "logprob_gap", "ratio_mean", "clip_low", "clip_high")
+    return descend(state, batch, loss, names, optimizer=optimizer, micro_batch=settings.micro_batch)
+
+
+def descend(
+    state: TrainState,
+    batch: TrainBatch,
+    loss: Callable[[dict, TrainBatch], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]],
+    names: Sequence[str],
+    *,
+    optimizer: optax.GradientTransformation,
+    micro_batch: int,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimiser step on the sum over micro-batches of `loss(lora, micro)`.
+
+    `loss` also returns the scalars called `names`, which are summed too: whoever writes it divides by counts of the
+    global batch. Returns the new state, and the scalars with loss, grad_norm and skipped.
+    """
+
     def accumulate(total, micro):
         (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.lora, micro)
         return jax.tree.map(jnp.add, total, (grads, {"loss": value, **sums})), None
 
-    names = ("loss", "entropy", "logprob_gap", "ratio_mean", "clip_low", "clip_high")
-    zero = (jax.tree.map(jnp.zeros_like, state.lora), {name: jnp.float32(0.0) for name in names})
-    (grads, metrics), _ = jax.lax.scan(accumulate, zero, _micro_batches(batch, settings.micro_batch))
+    zero = (jax.tree.map(jnp.zeros_like, state.lora), {name: jnp.float32(0.0) for name in ("loss", *names)})
+    (grads, metrics), _ = jax.lax.scan(accumulate, zero, _micro_batches(batch, micro_batch))
 
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from data_pipeline.splits import SPLITS, split_rules
 from data_pipeline.tasks.catalogue import CATALOGUE, rule_named
-from data_pipeline.tasks.excerpt import excerpt, first_change
 from data_pipeline.tasks.generated import generate
 from data_pipeline.tasks.rule import PLACEHOLDER, before_and_after, fill
 from data_pipeline.tasks.vocabulary import draw
 from data_pipeline.teacher import OracleTeacher
+from srl_jax.excerpt import excerpt, first_change
 from srl_jax.sandbox.engine import Status
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 from srl_jax.trace import Action, parse_trace

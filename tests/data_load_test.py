@@ -9,7 +9,7 @@ import pytest
 from array_record.python import array_record_module
 
 from data_pipeline.errors import DataError
-from data_pipeline.load import make_loader, make_stream, read_split, verify
+from data_pipeline.load import make_loader, make_stream, read_sample, read_split, verify
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
 from data_pipeline.teacher import OracleTeacher
@@ -72,6 +72,12 @@ def test_slices_weigh_alike_unless_told_otherwise(data):
     assert skewed == {"python/generated": 45, "javascript/generated": 15}
     only = make_stream(data, "train", seed=1, slice_weights={"javascript/generated": 1.0})
     assert {row.task.slice for row in islice(only, 20)} == {"javascript/generated"}
+
+
+def test_a_sample_is_the_same_records_every_time(data):
+    sample = read_sample(data, "train", 5)
+    assert len(set(ids(sample))) == 5 and ids(sample) == ids(read_sample(data, "train", 5))
+    assert sorted(ids(read_sample(data, "train", 10**6))) == sorted(ids(read_split(data, "train")))
 
 
 def test_an_epoch_shows_every_record_once_and_the_next_one_in_another_order(data):

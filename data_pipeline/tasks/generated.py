@@ -4,10 +4,10 @@ import ast
 import random
 import re
 
-from data_pipeline.tasks.excerpt import excerpt, first_change
 from data_pipeline.tasks.rule import Draft, Rule, before_and_after, fill
 from data_pipeline.tasks.state import draw_prior
 from data_pipeline.tasks.vocabulary import draw
+from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import SourceFile, Task, TestSpec
 
 _NODE_TEST = re.compile(r'^test\("([^"]+)"', re.MULTILINE)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import dedent
 
-from data_pipeline.tasks.excerpt import excerpt, first_change
 from data_pipeline.tasks.generated import sentence
 from data_pipeline.tasks.rule import Draft, Rule, fill
 from data_pipeline.tasks.state import draw_prior
+from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import SourceFile, Task
 from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status
 from srl_jax.trace import Action

@@ -1,0 +1,57 @@
+"""Which files an instruction speaks of."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srl_jax.relevance import language_of, relevant_places
+
+FILES = {
+    "app/db.py": "import os\n\n\ndef load(key):\n    return get_row(key)\n",
+    "app/web.py": "import os\nfrom app.db import load\n\n\ndef page(key):\n    return str(load(key))\n",
+    "app/log.py": "import os\n# the log\nprint('start')\n",
+    "web/main.js": "const x = getRow(1);\n",
+    "README.md": "get_row is old\n",
+}
+
+
+def found(instruction, **options):
+    return [(place.path, place.line) for place in relevant_places(instruction, FILES, **options)]
+
+
+def test_a_marked_name_finds_its_line():
+    assert found("Rename `get_row` to `load_row`.")[0] == ("app/db.py", 5)
+    assert found("Rename `getRow(...)` to `loadRow`.") == [("web/main.js", 1)]
+
+
+def test_code_like_words_need_no_marks():
+    assert found("get_row became load_row")[0] == ("app/db.py", 5)
+
+
+def test_rare_words_outweigh_common_ones():
+    assert found("import os and print")[0] == ("app/log.py", 3)
+
+
+def test_a_named_file_comes_first_whatever_it_holds():
+    assert found("In web.py, replace get_row.", limit=2) == [("app/web.py", 1), ("app/db.py", 5)]
+    assert found("Clean up log.py")[0][0] == "app/log.py"
+    assert ("app/log.py", 1) not in found("Clean up catalog.py")
+
+
+def test_words_are_whole_words():
+    assert found("Replace `get_ro`.") == []
+
+
+def test_languages_and_limit():
+    assert found("`os` and `getRow`", languages=("javascript",)) == [("web/main.js", 1)]
+    assert len(found("import os", limit=2)) == 2
+    assert found("import os", limit=3) == found("import os", limit=3)
+
+
+def test_only_files_the_engine_can_edit():
+    assert language_of("a/b.tsx") == "tsx" and language_of("x.pyi") == "python" and language_of("README.md") is None
+
+
+@given(st.text(max_size=200))
+def test_any_instruction_is_taken(instruction):
+    for place in relevant_places(instruction, FILES):
+        assert 1 <= place.line <= FILES[place.path].count("\n")

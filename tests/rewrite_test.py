@@ -1,0 +1,260 @@
+"""The rewrite tool: prompts like training's, proposals executed and ranked, writing only when asked."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from srl_jax import rewrite, rewrite_view
+from srl_jax.evaluation import write_json
+from srl_jax.relevance import Place
+from srl_jax.rewrite import Request, TestBench, draw_traces, judge, prompt_tasks
+from srl_jax.run import Run
+from srl_jax.sandbox import Sandbox, Status
+from srl_jax.trace import Action, StateUpdate, Trace, render_action
+from srl_jax.worktree import DirectoryError
+from tests.fakes import teacher_record, tiny_config, tiny_student
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "app/__init__.py": "",
+    "app/shop.py": "def total(xs):\n    return add_all(xs)\n\n\ndef add_all(xs):\n    return sum(xs)\n",
+    "tests/__init__.py": "",
+    "tests/test_shop.py": (
+        "import unittest\nfrom app.shop import total\n\n\n"
+        "class ShopTest(unittest.TestCase):\n"
+        "    def test_total(self):\n        self.assertEqual(total([1, 2]), 3)\n\n"
+        "    def test_never(self):\n        self.fail()\n"
+    ),
+}
+STATE = StateUpdate(("call sum",), (), (), ("run the tests",))
+SHOWN = Place("app/shop.py", 2, "python", 1.0)
+RIGHT = Action("python", "return add_all($X)", "return sum($X)", ("app/*.py",))
+
+
+def trace(**changes):
+    return Trace("sum is built in", dataclasses.replace(RIGHT, **changes), STATE)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_student()
+
+
+def prompt_text(student, request, config=None):
+    prompts = prompt_tasks(student, config or tiny_config(), request)
+    return [(place.path, student.tokenizer.decode(ids)) for place, ids in prompts]
+
+
+class TestPrompt:
+    def test_it_is_the_prompt_of_training(self, student):
+        record = teacher_record(0)
+        files = {file.path: file.text for file in record.task.files}
+        prior = StateUpdate((), ("small diff",), (), ("edit src/m0.py", "run the tests"))
+        task = dataclasses.replace(record.task, prior_state=prior)
+        trained = student.tokenizer.encode_prompt(task, few_shot=0)
+        request = Request(record.task.instruction, files, prior)
+        assert [ids for _, ids in prompt_tasks(student, tiny_config(), request)] == [trained]
+
+    def test_the_excerpt_stands_around_the_word(self, student):
+        long = "".join(f"value_{n} = {n}\n" for n in range(200))
+        [(path, text)] = prompt_text(student, Request("Delete `value_150`.", {"a.py": long}))
+        assert path == "a.py" and "value_150 = 150" in text and "value_0 =" not in text
+        assert '"next_focus":["edit a.py","run the tests"]' in text
+
+    def test_the_state_goes_on_with_this_file(self, student):
+        state = StateUpdate(("d",), ("c",), (), ("edit a.py", "check the docs"))
+        [(_, text)] = prompt_text(student, Request("Delete `x`.", {"a.py": "x = 1\n"}, state))
+        assert '"decisions":["d"],"constraints":["c"],"next_focus":["edit a.py","check the docs"]' in text
+
+    def test_nothing_to_do_is_said(self, student):
+        with pytest.raises(DirectoryError, match="no file holds a word"):
+            prompt_tasks(student, tiny_config(), Request("Delete `zebra`.", FILES))
+        with pytest.raises(DirectoryError, match="shorten the instruction"):
+            prompt_tasks(student, tiny_config(), Request("add_all " * 300, FILES))
+
+    def test_a_line_that_no_excerpt_holds_is_passed_over(self, student):
+        files = {"a.py": "x = '" + "y" * 500 + "'\n", "b.py": "x = 1\n"}
+        assert [path for path, _ in prompt_text(student, Request("`x`", files, places=2))] == ["b.py"]
+
+
+class TestDrawing:
+    def test_the_first_is_greedy_and_all_are_distinct(self, student):
+        prompts = [student.tokenizer.encode_prompt(teacher_record(n).task, few_shot=0) for n in (0, 1)]
+        drawn = draw_traces(student, None, prompts, tiny_config(), 4, seed=0)
+        alone = draw_traces(student, None, prompts, tiny_config(), 1, seed=7)
+        for some, greedy in zip(drawn, alone, strict=True):
+            assert len(greedy) == 1 and some[0][0] == greedy[0][0]
+            assert some[0][1] == pytest.approx(greedy[0][1], abs=1e-4)
+            names = [render_action(trace.action) for trace, _ in some]
+            assert len(set(names)) == len(names) > 1
+            assert all(logprob < 0 for _, logprob in some)
+
+    def test_seeds_differ_and_repeat(self, student):
+        prompt = [student.tokenizer.encode_prompt(teacher_record(0).task, few_shot=0)]
+        one, same, other = (draw_traces(student, None, prompt, tiny_config(), 3, seed) for seed in (1, 1, 2))
+        assert one == same != other
+
+
+class TestJudging:
+    def test_execution_first_then_the_policys_own_logprob(self, sandbox):
+        nothing = trace(pattern="gone($X)", replacement="")
+        other = trace(replacement="return sum(list($X))")
+        drawn = [(SHOWN, nothing, -0.1), (SHOWN, trace(), -0.9), (SHOWN, other, -0.5)]
+        ranked = judge(drawn, FILES, sandbox, None)
+        assert [proposal.trace for proposal in ranked] == [other, trace(), nothing]
+        assert [proposal.usable for proposal in ranked] == [True, True, False]
+        assert ranked[2].result.status is Status.NO_MATCH
+        assert ranked[1].result.matches == {"app/shop.py": 1}
+
+    def test_tests_that_passed_before_decide(self, sandbox):
+        bench = TestBench(sandbox, FILES, "unittest")
+        assert bench.before.passed == ("tests.test_shop.ShopTest.test_total",)
+        wrong = trace(replacement="return max($X)")
+        ranked = judge([(SHOWN, wrong, -0.1), (SHOWN, trace(), -0.9)], FILES, sandbox, bench)
+        assert [proposal.trace for proposal in ranked] == [trace(), wrong]
+        assert ranked[1].broken_tests == ("tests.test_shop.ShopTest.test_total",) and not ranked[1].usable
+        assert ranked[0].usable  # the test that always failed is not held against it
+
+    def test_with_tests_the_tests_themselves_are_protected(self, sandbox):
+        bench = TestBench(sandbox, FILES, "unittest")
+        cheat = trace(pattern="self.fail()", replacement="pass", files=("**/*.py",))
+        assert judge([(SHOWN, cheat, -0.1)], FILES, sandbox, bench)[0].result.status is Status.PATH_DENIED
+        assert judge([(SHOWN, cheat, -0.1)], FILES, sandbox, None)[0].usable
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({"a.py": ""}, "no unittest test file"),
+            ({"test_a.py": "import gone\n"}, "no unittest test passes before"),
+            ({f"f{n}.py": "" for n in range(600)}, "at most 512"),
+        ],
+    )
+    def test_tests_that_can_tell_nothing_are_refused(self, sandbox, files, message):
+        with pytest.raises(DirectoryError, match=message):
+            TestBench(sandbox, files, "unittest")
+
+    def test_an_action_that_reaches_too_many_files_is_not_run(self, sandbox):
+        many = {f"app/f{n}.py": "x = 1\n" for n in range(600)}
+        assert judge([(SHOWN, trace(), -0.1)], many, sandbox, None)[0].result.status is Status.TOO_MANY
+        narrow = trace(files=("app/f1.py",))
+        assert judge([(SHOWN, narrow, -0.1)], many, sandbox, None)[0].result.status is Status.NO_MATCH
+
+
+def test_text_of_a_model_cannot_steer_the_terminal(sandbox):
+    hostile = trace(replacement="return '\x1b[2J[red]$X'")
+    hostile = dataclasses.replace(hostile, think="\x1b]0;owned\x07[bold]")
+    proposals = judge([(SHOWN, hostile, -0.5)], FILES, sandbox, None)
+    output = io.StringIO()
+    rewrite_view.show(Console(file=output, force_terminal=True, width=200), proposals)
+    assert "\x1b[2J" not in output.getvalue() and "\x1b]0" not in output.getvalue() and "\x07" not in output.getvalue()
+    assert "[red]" in output.getvalue() and "\\x1b]0;owned" in output.getvalue()
+    value = json.loads(rewrite_view.as_json(proposals, ["a.py"]))
+    assert value["applied"] == ["a.py"] and value["proposals"][0]["matches"] == {"app/shop.py": 1}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with a checkpoint of the tiny model."""
+    path = tmp_path_factory.mktemp("run")
+    config = tiny_config()
+    write_json(path / "config.json", config.to_dict())
+    config.mesh.data = 1
+    with Run(config, path) as run:
+        run.checkpoints.save(1, run.state, {})
+        run.checkpoints.wait()
+    return path
+
+
+def test_a_checkpoints_proposals_are_executed(workdir):
+    assert jax.device_count() > 1  # as on a training machine; one device is enough here
+    request = Request("Rename `total` to `sum_up`.", FILES, places=2, candidates=3, runner="unittest")
+    proposals = rewrite.propose(tiny_config(), workdir, request)
+    assert 2 <= len(proposals) <= 6
+    assert {proposal.shown.path for proposal in proposals} == {"app/shop.py", "tests/test_shop.py"}
+    assert not any(proposal.usable for proposal in proposals)  # its weights are random
+
+
+# What the command does once there are proposals, with the model's part replaced by two written ones.
+_DRIVER = """
+import sys
+sys.path[:0] = [{root!r}]
+import launch.rewrite
+from srl_jax import rewrite
+from srl_jax.sandbox import Sandbox
+from tests.rewrite_test import SHOWN, trace
+
+def propose(config, workdir, request):
+    traces = [(SHOWN, trace(), -0.5), (SHOWN, trace(pattern="gone"), -0.1)]
+    with Sandbox() as sandbox:
+        return rewrite.judge(traces, request.files, sandbox, None)
+
+rewrite.propose = propose
+launch.rewrite.cli.run(launch.rewrite.main, launch.rewrite.worktree.DirectoryError, launch.rewrite.NotARun)
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "project"
+    for path, text in FILES.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "1"]):
+        subprocess.run(["git", "-C", root, *command], check=True)
+    return root
+
+
+def command(workdir, tree, *options):
+    call = [sys.executable, "-c", _DRIVER.format(root=str(ROOT)), f"--workdir={workdir}", f"--directory={tree}"]
+    call += ["--instruction=Call `sum` instead of `add_all`.", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL)
+
+
+def test_without_apply_nothing_is_written(workdir, tree):
+    done = command(workdir, tree)
+    assert done.returncode == 0, done.stderr
+    assert "return sum(xs)" in done.stdout and "written: nothing" in done.stdout
+    status = subprocess.run(["git", "-C", tree, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    assert status.stdout == ""
+
+
+def test_a_step_is_applied_and_its_state_kept_for_the_next(workdir, tree):
+    done = command(workdir, tree, "--apply", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["applied"] == ["app/shop.py"] and len(answer["proposals"]) == 2
+    assert (tree / "app/shop.py").read_text() == FILES["app/shop.py"].replace("return add_all(xs)", "return sum(xs)")
+    assert json.loads((tree / ".srl_jax/state.json").read_text())["decisions"] == ["call sum"]
+    again = command(workdir, tree, "--apply", "--yes")
+    assert again.returncode == 2 and "uncommitted changes (app/shop.py)" in again.stderr
+    forced = command(workdir, tree, "--apply", "--yes", "--force", "--json")
+    assert forced.returncode == 1 and json.loads(forced.stdout)["applied"] is None  # nothing is left to rewrite
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--apply"], "add --yes"), (["--directory=/nonexistent"], "not a directory"), (["--tests=rspec"], "rspec")],
+)
+def test_mistakes_are_one_line(workdir, tree, options, message):
+    done = command(workdir, tree, *options)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_workdir_that_is_no_run(tmp_path, tree):
+    done = command(tmp_path, tree)
+    assert done.returncode == 2 and "not a run" in done.stderr
