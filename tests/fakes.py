@@ -19,6 +19,7 @@ def tiny_config(**model) -> TrainConfig:
     config.data.prompts_per_step, config.data.max_prompt_tokens, config.data.few_shot = 4, 192, 0
     config.sampling.max_new_tokens, config.sampling.max_think_tokens = 72, 8
     config.grpo.group_size, config.grpo.micro_batch = 4, 4
+    config.mesh.data = 1  # a micro-batch of 4 does not divide by the eight virtual devices
     config.optim.learning_rate = 1e-2
     config.eval.max_tasks, config.eval.batch_size, config.eval.execute = 4, 4, False
     for name, value in model.items():
