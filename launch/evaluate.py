@@ -11,7 +11,7 @@ from absl import flags
 
 from data_pipeline.load import DataError, read_split
 from srl_jax import cli
-from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.config import TrainConfig, validate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Where the evaluation goes; default: the run's directory.")
@@ -22,11 +22,16 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> int:
     workdir = Path(_WORKDIR.value)
-    if not (workdir / "config.json").is_file():
-        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
-    config = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    path = workdir / "config.json"
+    try:
+        config = TrainConfig.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise DataError(f"{workdir} holds no config.json, so it is not a run; give a --workdir of train.py") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); run launch/train.py again, it writes the file anew") from None
     config.eval.split = _SPLIT.value or config.eval.split
-    config.eval.max_tasks = _TASKS.value or config.eval.max_tasks
+    config.eval.max_tasks = config.eval.max_tasks if _TASKS.value is None else _TASKS.value
+    validate(config)
     held_out = read_split(config.data.dir, config.eval.split)
 
     from srl_jax.evaluate import evaluate_run  # the accelerator stack, only once everything else is right
