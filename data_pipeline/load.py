@@ -79,7 +79,10 @@ class _SliceSource:
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                 raise DataError(f"{name} {state}; {_REBUILD}")
-        self._records = ArrayRecordDataSource(self._names)
+        try:
+            self._records = ArrayRecordDataSource(self._names)
+        except (RuntimeError, ValueError, OSError) as error:  # a damaged container, known by its own checksums
+            raise DataError(f"{self._names[0]} or a shard beside it is damaged ({error}); {_REBUILD}") from error
 
     def __len__(self) -> int:
         return sum(self._counts)

@@ -11,7 +11,7 @@ from absl import flags
 
 from data_pipeline.load import DataError, read_sample, read_split
 from srl_jax import cli
-from srl_jax.config import NotARun, read_config
+from srl_jax.config import NotARun, read_config, validate
 from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -25,7 +25,8 @@ def main() -> int:
     workdir = Path(_WORKDIR.value)
     config = read_config(workdir)
     config.eval.split = _SPLIT.value or config.eval.split
-    config.eval.max_tasks = _TASKS.value or config.eval.max_tasks
+    config.eval.max_tasks = config.eval.max_tasks if _TASKS.value is None else _TASKS.value
+    validate(config)
     held_out = read_split(config.data.dir, config.eval.split)
 
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
