@@ -89,10 +89,9 @@ def trajectory(workdir: Path) -> list[dict]:
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, and where the data stream stood."""
     folder = workdir / "checkpoints" / str(step)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        with warnings.catch_warnings():  # read on one device, as it was written
-            warnings.filterwarnings("ignore", "Sharding info not provided")
-            tree = reader.restore((folder / "state").absolute(), args=ocp.args.PyTreeRestore(restore_args=None))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided")  # read on one device, as it was written
+        tree = reader.restore((folder / "state").absolute(), args=ocp.args.PyTreeRestore(restore_args=None))
     arrays = {str(path): np.asarray(leaf) for path, leaf in ocp.tree.to_flat_dict(tree, keep_empty_nodes=False).items()}
     (position,) = (folder / "iterator").iterdir()
     return arrays | {"iterator": np.frombuffer(position.read_bytes(), np.uint8)}
