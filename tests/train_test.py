@@ -93,8 +93,8 @@ def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
         warnings.filterwarnings("ignore", "Sharding info not provided")  # read on one device, as it was written
         tree = reader.restore((folder / "state").absolute(), args=ocp.args.PyTreeRestore(restore_args=None))
     arrays = {str(path): np.asarray(leaf) for path, leaf in ocp.tree.to_flat_dict(tree, keep_empty_nodes=False).items()}
-    (position,) = (folder / "iterator").iterdir()
-    return arrays | {"iterator": np.frombuffer(position.read_bytes(), np.uint8)}
+    position = (folder / "iterator" / "metadata").read_bytes()
+    return arrays | {"iterator": np.frombuffer(position, np.uint8)}
 
 
 def answers(workdir: Path, name: str) -> list[dict]:
