@@ -1,19 +1,25 @@
-"""What a run takes of each device: `python launch/profile_step.py --config=configs/smollm2_cpu.py --dry_run`.
+"""Where a step's time goes: `python launch/profile_step.py --config=configs/smollm2_cpu.py --out=runs/profile`.
 
---dry_run prints, before anything runs and without reading a weight, what the arrays and each compiled step take of a
-device, and refuses (exit code 2) what cannot fit. For a machine that is not at hand give --devices and --device_gib;
-the steps are then compiled for this CPU, and another compiler's temporaries differ.
+Runs --steps real steps and prints what prefill, decode, reward wait, log-probs, forward, backward, optimiser,
+collectives and the host took of them; the trace for xprof lies in --out.
+
+--dry_run runs nothing: it prints, without reading a weight, what the arrays and each compiled step take of a device,
+and refuses (exit code 2) what cannot fit. For a machine that is not at hand give --devices and --device_gib; the steps
+are then compiled for this CPU, and another compiler's temporaries differ.
 """
 
 import os
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipeline.load import DataError, make_stream
 from srl_jax import cli
-from srl_jax.config import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in configs/ with get_config().")
+_OUT = flags.DEFINE_string("out", "runs/profile", "Where the trace and the run's files go.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps to measure, after one that compiles.", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Predict memory and stop.")
 _DEVICES = flags.DEFINE_integer("devices", None, "Pretend to have so many devices (CPU only).", lower_bound=1)
 _GIB = flags.DEFINE_float("device_gib", None, "Memory of one device in GiB; default: what is here.", lower_bound=0)
@@ -22,7 +28,7 @@ flags.mark_flags_as_required(["config"])
 
 def main() -> int:
     if not _DRY_RUN.value:
-        raise ConfigError("", "profile_step", "give --dry_run; what steps took stands in a run's metrics.jsonl")
+        return measure()
     if _DEVICES.value:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = (
@@ -37,5 +43,15 @@ def main() -> int:
     return 0
 
 
+def measure() -> int:
+    config = _CONFIG.value
+    stream = make_stream(config.data.dir, "train", seed=config.seed)
+
+    from srl_jax.step_profile import profile, table  # the accelerator stack, only once everything else is right
+
+    print(table(profile(config, stream, Path(_OUT.value), _STEPS.value)))
+    return 0
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, DataError)
