@@ -147,7 +147,8 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
             "they do not belong together"
         )
     decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat)
-    sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
+    for prompts in (config.grpo.micro_batch, config.sampling.slots):
+        sharding.check_divisible(mesh, decoder, prompts)
     return None if random_tiny else path, tokenizer, new_rows, decoder
 
 
