@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from data_pipeline.load import DataError, make_stream, read_sample, read_split
 from srl_jax import cli
-from srl_jax.config import ConfigError, TrainConfig, read_config, validate
+from srl_jax.config import TrainConfig, read_config, validate
 from srl_jax.floors import COMMON_TRACE_SAMPLE
 from srl_jax.replay import ReplayError, replay_stream
 
@@ -21,11 +21,14 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in con
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report go.")
 _REPRODUCE = flags.DEFINE_string("reproduce", None, "Directory of a run to repeat, instead of --config.")
 flags.mark_flag_as_required("workdir")
+flags.register_multi_flags_validator(
+    ["config", "reproduce"],
+    lambda given: (given["config"] is None) != (given["reproduce"] is None),
+    "give either --config, a recipe, or --reproduce, the directory of a run",
+)
 
 
 def main() -> int:
-    if (_CONFIG.value is None) == (_REPRODUCE.value is None):
-        raise ConfigError("", None, "give either --config, a recipe, or --reproduce, the directory of a run")
     repeats = Path(_REPRODUCE.value) if _REPRODUCE.value else None
     config: TrainConfig = read_config(repeats) if repeats else _CONFIG.value
     validate(config)

@@ -72,8 +72,8 @@ def positions(batch: TrainBatch) -> Positions:
 def forward_flops(student: Student, work: Positions) -> float:
     """Operations of one forward pass."""
     c = student.decoder.config
-    layers = student.params["layers"].values()
-    kernels = sum(part["kernel"].size for part in layers if "kernel" in part)
+    heads = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim  # query and output, key and value
+    kernels = c.n_layers * c.d_model * (heads + 3 * c.d_ff)
     attention = 4.0 * c.n_layers * c.n_heads * c.head_dim  # scores and weighted values, for each pair
     return 2.0 * kernels * work.tokens + 2.0 * c.vocab_size * c.d_model * work.heads + attention * work.pairs
 

@@ -93,7 +93,8 @@ class Run:
                 Checkpointer(self.workdir / name, keep, meta, read_only=self._read_only)
             )
             self.checkpoints = open_at("checkpoints", config.checkpoint.keep)
-            self._best = open_at("best", 1) if config.control.keep_best else None
+            kept = config.control.keep_best and (not self._read_only or (self.workdir / "best").is_dir())
+            self._best = open_at("best", 1) if kept else None
             self._stack = stack.pop_all()
         return self
 

@@ -74,8 +74,10 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
         work.sampled += flops.sampled_positions(rollout.drawn.arrays)
         work.scored += flops.sampled_positions(rollout.drawn.arrays)
         if recorder is not None:
+            recording = time.perf_counter()
             version = policy_version(student, config_hash(config))
             recorder.add(step + 1, store(student, rollout.used, step, version, config))
+            metrics["seconds/record"] = time.perf_counter() - recording
     updating = time.perf_counter()
     passes = 1 if config.method == "sft" else config.grpo.epochs
     metrics |= _update(run, batch, settings, coefficient, passes)

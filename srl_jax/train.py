@@ -168,6 +168,14 @@ def _loop(
         writer.note(f"{name}: reward {reward} on {m['tasks']} held-out tasks in {m['seconds']:.0f} s")
         return m["reward"]
 
+    def save() -> float:
+        """Starts saving; the seconds it held the run up. Rollouts of the steps before are on disk first."""
+        began = time.perf_counter()
+        if recorder is not None:
+            recorder.wait()
+        run.save(step, stream.get_state())
+        return time.perf_counter() - began
+
     stalled = 0.0  # how long the last save held the run up
     try:
         assess("base", None)
@@ -189,23 +197,19 @@ def _loop(
             writer.write(step, done.metrics | more, done.histograms)
             if step == config.steps or step % config.checkpoint.every == 0:
                 # After the metrics: a run that goes on from this checkpoint must find every line before it.
-                saving = time.perf_counter()
-                if recorder is not None:
-                    recorder.wait()
-                run.save(step, stream.get_state())
-                stalled = time.perf_counter() - saving
+                stalled = save()
             if done.metrics["skipped"]:
                 writer.note(f"step {step}: loss or gradient not finite, update skipped; see {run.workdir / BROKEN}")
             control.check_broken(run.control, config, run.workdir / BROKEN)
         if run.control.stopped and step < config.steps:
             writer.note(f"training ends at step {step} of {config.steps}: {run.control.stopped}")
-        run.save(step, stream.get_state())
+        save()
         run.wait()
         stop.check()
         write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config)
         assess("student", run.best_lora(), again=True)
     except (Stopped, control.Diverged) as reason:
-        run.save(step, stream.get_state())
+        save()
         run.wait()
         if isinstance(reason, control.Diverged):
             raise
