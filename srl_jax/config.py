@@ -97,6 +97,7 @@ class SamplingSettings(Section):
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
+    drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
     slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
 
 

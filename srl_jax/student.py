@@ -165,7 +165,10 @@ def _assemble(
     else:
         automaton = grammar.free_automaton(tokenizer, vocab_size=model.vocab_size)
     settings = SamplingConfig(
-        config.sampling.max_new_tokens, config.sampling.max_think_tokens, config.sampling.temperature
+        config.sampling.max_new_tokens,
+        config.sampling.max_think_tokens,
+        config.sampling.temperature,
+        config.sampling.drafts,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)
