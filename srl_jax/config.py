@@ -131,6 +131,7 @@ class RewardSettings(Section):
     brevity_ratio: float = number(1.5, above=0)
     state_match: str = choice("exact", "soft")
     execution: float = number(0.0, at_least=0)  # weight of the sandbox's verdict; 0 leaves rewards unexecuted
+    match_gate: float = number(0.0, at_least=0, at_most=1)  # match-set F1 that earns the action's part in full; 0: off
 
     def build(self) -> RewardConfig:
         """The immutable form the reward functions take."""

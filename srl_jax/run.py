@@ -57,7 +57,7 @@ class Run:
         with ExitStack() as stack:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
             sandbox = None
-            if config.eval.execute or config.reward.execution > 0:
+            if config.eval.execute or config.reward.build().needs_execution:
                 seconds = config.sandbox.wall_seconds
                 limits = Limits(wall_s=seconds, cpu_s=math.ceil(seconds))
                 sandbox = stack.enter_context(
@@ -67,7 +67,7 @@ class Run:
             self.student: Student = load_student(config, mesh)
             embedder, reward = load_embedder(), config.reward.build()
             count = lambda text: len(self.student.tokenizer.encode_text(text))
-            executing = sandbox if config.reward.execution > 0 else None
+            executing = sandbox if reward.needs_execution else None
             self.rewards = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=executing))
             self.judge = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=sandbox))
             self.optimizer: optax.GradientTransformation
