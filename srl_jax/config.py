@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from srl_jax.rewards import RewardConfig
+from srl_jax.sandbox.isolation import Limits
+from srl_jax.sandbox.runner import SandboxConfig
 
 
 class ConfigError(ValueError):
@@ -185,6 +187,12 @@ class SandboxSettings(Section):
 
     workers: int = number(2, at_least=1)
     wall_seconds: float = number(10.0, above=0)  # per action or test run
+    server: str = ""  # URL of a launch/reward_server.py that scores and executes instead of this machine
+
+    def build(self) -> SandboxConfig:
+        """What a sandbox of these settings is opened with."""
+        limits = Limits(wall_s=self.wall_seconds, cpu_s=math.ceil(self.wall_seconds))
+        return SandboxConfig(self.workers, engine_limits=limits, test_limits=limits)
 
 
 @dataclasses.dataclass

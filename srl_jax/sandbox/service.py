@@ -64,6 +64,17 @@ class Score:
     match_f1: float | None = None
 
 
+class ScoresCompletions(Protocol):
+    """What training and evaluation ask of a reward service, here or on another machine."""
+
+    @property
+    def counts(self) -> dict[str, int]: ...
+
+    def score(self, items: Sequence[ScoreRequest]) -> list[Score]: ...
+
+    def submit(self, items: Sequence[ScoreRequest]) -> Future[list[Score]]: ...
+
+
 @dataclass(frozen=True)
 class ServiceConfig:
     """`deadline_s` is what a batch may wait for one of its executions, from the batch's start."""
@@ -288,6 +299,7 @@ class RewardService:
         """The places that the teacher's action matches in the task's files, likewise."""
         if (sandbox := self._sandbox) is None:
             return None
+
         def apply() -> Places:
             protected = exact_globs(task.tests.files) if task.tests else ()
             result = sandbox.apply(action, {file.path: file.text for file in task.files}, protected=protected)
