@@ -510,6 +510,15 @@ def test_hostile_files_are_answered(strict, text):
         "await new Promise((y, n) => net.connect(80, '127.0.0.1').on('connect', y).on('error', n))",
         "process.kill(1, 'SIGKILL'); throw new Error('held')",
         "process.setuid(0)",
+        "fs.writeFileSync('/repo/a.test.mjs', 'x')",
+        "fs.appendFileSync('/guest/node_reporter.mjs', 'x')",
+        "fs.symlinkSync('/etc', '/tmp/etc'); fs.readFileSync('/tmp/etc/shadow')",
+        "fs.readFileSync(`/proc/${process.ppid}/environ`); fs.readFileSync('/proc/1/environ')",
+        "await import('node:dns').then((dns) => dns.promises.lookup('example.com'))",
+        "await fetch('http://127.0.0.1:80/')",
+        "await new Promise((y, n) => net.createServer().on('error', n).listen(0, '127.0.0.1', y))",
+        "(await import('node:child_process')).execFileSync('unshare', ['-Ur', 'true'], { stdio: 'ignore' })",
+        "if (!process.env.SRL_NONCE && !process.env.SRL_SECRET) throw new Error('held')",
     ],
 )
 def test_node_is_held_too(strict, body):
@@ -521,3 +530,31 @@ def test_node_is_held_too(strict, body):
     spec = TestSpec("node", ("a.test.mjs::attack",), ("a.test.mjs",))
     outcome = strict.run_tests({"a.test.mjs": text}, spec)
     assert outcome.satisfies(spec.expected_ids), outcome
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed: JavaScript games are left out")
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "process.exit(0)",
+        "process.kill(process.ppid, 'SIGKILL')",
+        "console.log(JSON.stringify({ nonce: process.env.SRL_NONCE, id: 'a.test.mjs::t', outcome: 'passed' }))",
+        "process.stdout.write('{\"end\": true}\\n'); process.exit(0)",
+        "import test from 'node:test'; test('t', () => {}); process.exit(0)",
+        "import test from 'node:test'; test.skip('t'); process.exitCode = 0; process.exit()",
+        "import assert from 'node:assert'; assert.equal = () => {}; process.abort()",
+        "for (;;);",
+    ],
+)
+def test_no_javascript_game_makes_a_wrong_edit_succeed(strict, helper):
+    files = {
+        "app.mjs": "import './helper.mjs';\nexport const f = (x) => older(x);\n",
+        "helper.mjs": helper,
+        "a.test.mjs": "import test from 'node:test';\nimport assert from 'node:assert';\n"
+        "import { f } from './app.mjs';\ntest('t', () => assert.equal(f(1), 2));\n",
+    }
+    spec = TestSpec("node", ("a.test.mjs::t",), ("a.test.mjs",))
+    wrong = Action("javascript", "older($X)", "oldest($X)", ("app.mjs",))
+    report = strict.execute(wrong, files, tests=spec)
+    assert report.status is Status.OK
+    assert not report.success, report

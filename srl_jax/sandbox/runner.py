@@ -42,11 +42,13 @@ PROTECTED = (
     "**/package.json", "**/package-lock.json", "**/*.config.js", "**/*.config.mjs", "**/*.config.cjs", "**/*.config.ts",
 )  # fmt: skip
 
-_TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs")}
+_TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs"), "java": (".java",)}
+
+_COMPANIONS = {"node": "node_reporter.mjs", "java": "RunJava.java"}  # of guest/run_tests.py
 
 
 class RunnerUnavailable(SandboxUnavailable):
-    """The machine lacks the program a test runner needs (Node, pytest); other runners are unaffected."""
+    """The machine lacks the program a test runner needs (Node, pytest, a JDK); other runners are unaffected."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def runnable_files(tests: TestSpec) -> tuple[str, ...]:
     found = []
     for path in tests.files:
         name = PurePosixPath(path)
-        if name.suffix in _TEST_SUFFIXES[tests.runner] and ("test" in name.stem or "spec" in name.stem):
+        if name.suffix in _TEST_SUFFIXES[tests.runner] and any(word in name.stem.lower() for word in ("test", "spec")):
             found.append(path)
     if not found:
         raise ValueError(f"tests.files names no {tests.runner} test file (of {list(tests.files)})")
@@ -212,11 +214,10 @@ class Sandbox:
 
     @property
     def runners(self) -> frozenset[str]:
-        """Test runners this machine can serve; "node" is absent without Node, "pytest" where it is not installed."""
+        """Test runners this machine can serve; "node", "java" and "pytest" are absent where there is none."""
         toolchain = self._jail.toolchain
-        return frozenset(
-            {"unittest"} | ({"node"} if toolchain.node else set()) | ({"pytest"} if toolchain.pytest else set())
-        )
+        optional = {"node": toolchain.node, "java": toolchain.java, "pytest": toolchain.pytest}
+        return frozenset({"unittest"} | {name for name, found in optional.items() if found})
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
@@ -257,9 +258,9 @@ class Sandbox:
             "files": list(selected),
             "wall_s": limits.wall_s * 0.9,  # the guest reports its own timeouts, with what passed so far
             "nonce": secrets.token_hex(16),
-            "programs": {"python": toolchain.python, "node": toolchain.node},
+            "programs": {"python": toolchain.python, "node": toolchain.node, "java": toolchain.java},
         }
-        alongside = ("node_reporter.mjs",) if tests.runner == "node" else (f"run_{tests.runner}.py",)
+        alongside = (_COMPANIONS.get(tests.runner, f"run_{tests.runner}.py"),)
         binds = (toolchain.pytest,) if tests.runner == "pytest" and toolchain.pytest else ()
         with self._slot() as slot:
             done = self._jail.run(

@@ -40,7 +40,7 @@ class ServerLimits:
     max_body_bytes: int = 32 << 20
     max_total_bytes: int = 512 << 20
     max_requests: int = 1024
-    header_s: float = 10.0
+    header_s: float = 30.0
     body_s: float = 30.0
     threads: int = 4
 
