@@ -121,7 +121,7 @@ ATTACKS = {
     "Root": 'if (new ProcessBuilder("su", "-c", "id").start().waitFor() != 0) throw new IOException();',
     "Namespace": 'if (new ProcessBuilder("unshare", "-Ur", "true").start().waitFor() != 0) throw new IOException();',
     "FillDisk": 'var f = new FileOutputStream("/tmp/x"); for (int i = 0; i < 200; i++) f.write(new byte[1 << 20]);',
-    "FillHeap": "var all = new java.util.ArrayList<byte[]>(); while (true) all.add(new byte[64 << 20]);",
+    "FillHeap": "var all = new java.util.ArrayList<byte[]>(); while (all.size() < 100) all.add(new byte[64 << 20]);",
     "Recursion": "testRecursion();",
 }
 
