@@ -27,7 +27,7 @@ import numpy as np
 
 from srl_jax.records import SCHEMA_VERSION, SourceFile, Task, TeacherRecord, TestSpec, Versions
 from srl_jax.rewards import REWARD_VERSION, RewardConfig
-from srl_jax.sandbox import Limits, Sandbox, SandboxConfig
+from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, Status
 from srl_jax.sandbox.service import RewardService, Score, ScoreRequest, ServiceConfig
 from srl_jax.trace import Action, StateUpdate, Trace, render_trace
 
@@ -105,7 +105,9 @@ def fault(asked: Asked, score: Score) -> str | None:
         return None if score.reward and score.reward.total == -0.2 else "malformed text did not score -0.2"
     if score.report is None:
         return None if score.unscored else "neither a report nor a reason"
-    if asked.kind == "right" and not score.report.success and score.report.tests not in ("cut", "timeout"):
+    # ast-grep and the test program are shot too, and theirs are deaths that a guest can bring about itself.
+    shot = score.report.status in (Status.CRASH, Status.TIMEOUT) or score.report.tests in ("cut", "timeout")
+    if asked.kind == "right" and not score.report.success and not shot:
         return f"the right edit failed: {score.report.status}, {score.report.tests}"
     if asked.kind == "wrong" and score.report.success:
         return "a wrong edit succeeded"
