@@ -107,6 +107,13 @@ class TestSuccess:
 
 
 class TestUnittestRunner:
+    def test_what_keeps_the_supervisor_busy_is_a_timeout_and_no_crash(self):
+        """The supervisor's processor time is not what a flood may use up: a crash would leave the policy unscored."""
+        flood = {"test_x.py": "import os\nwhile True: os.write(1, b'x' * 65536)\n"}
+        with Sandbox(SandboxConfig(test_limits=Limits(wall_s=4.0, cpu_s=1))) as hasty:
+            outcome = hasty.run_tests(flood, TestSpec("unittest", (), ("test_x.py",)))
+        assert outcome.ended in ("timeout", "cut")
+
     def run(self, sandbox, body, **more):
         files = {"test_x.py": "import unittest\n" + body, **more}
         return sandbox.run_tests(files, TestSpec("unittest", (), ("test_x.py",)))

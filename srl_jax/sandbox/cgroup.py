@@ -29,6 +29,15 @@ class Cgroup:
         """Command prefix that joins the groups and becomes the command after it."""
         return ["/bin/sh", "-c", _ENTER, "enter", *map(str, self.folders), "--"]
 
+    def memory_kills(self) -> int:
+        """Processes that the kernel has killed for the groups' memory so far; 0 where it does not count them."""
+        for folder in self.folders:
+            for name in ("memory.events", "memory.oom_control"):  # v2, v1
+                with contextlib.suppress(FileNotFoundError):
+                    counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+                    return int(counts.get("oom_kill", 0))
+        return 0
+
     def close(self) -> None:
         """Remove the groups; a group that is still being emptied stays for the slot's next holder."""
         for folder in self.folders:
