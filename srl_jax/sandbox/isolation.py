@@ -69,7 +69,7 @@ class Limits:
         a child that keeps it busy must not be able to have it killed.  The child gets `cpu_s`.
         """
         return {
-            "CPU": math.ceil(self.wall_s) + 1,
+            "CPU": max(math.ceil(self.wall_s), self.cpu_s) + 1,
             "AS": self.memory_bytes,
             "FSIZE": self.file_bytes,
             "NPROC": self.processes,
