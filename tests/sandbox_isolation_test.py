@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import struct
@@ -397,6 +398,53 @@ class TestSlots:
             group.close()
         assert big.returncode == -9
         assert b"fork" in many.stderr.lower()
+
+    @pytest.fixture
+    def version_2(self, monkeypatch, tmp_path):
+        """A folder with version 2's rule, since a machine has one version: what holds processes hands nothing down.
+
+        Returns (our group, what makes it hold these processes).
+        """
+        unit, honest = tmp_path / "unit", Path.write_text
+        unit.mkdir()
+        (tmp_path / "cgroup.controllers").touch()
+        (unit / "cgroup.subtree_control").touch()
+        honest(tmp_path / "self", "0::/unit\n")
+        monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+        monkeypatch.setattr(cgroup, "SELF", tmp_path / "self")
+
+        def write(path, text):
+            members = path.parent / "cgroup.procs"
+            if path.name == "cgroup.subtree_control" and members.read_text().split():
+                raise OSError(errno.EBUSY, "busy")
+            if path == unit / "srl_jax-host" / "cgroup.procs":
+                left = [pid for pid in (unit / "cgroup.procs").read_text().split() if pid != text]
+                honest(unit / "cgroup.procs", "\n".join(left))
+                honest(tmp_path / "self", "0::/unit/srl_jax-host\n")
+            return honest(path, text.replace("+", ""))
+
+        monkeypatch.setattr(Path, "write_text", write)
+        return unit, lambda *pids: honest(unit / "cgroup.procs", "\n".join(map(str, pids)))
+
+    def test_version_2_hands_down_from_a_group_of_ours(self, version_2):
+        unit, hold = version_2
+        hold(os.getpid())
+        for slot in ("1", "2"):  # the second time we are in the leaf
+            group = cgroup.open_cgroup(slot, memory_bytes=7 << 20, processes=5)
+            assert group.folders == (unit / f"srl_jax-{slot}",)
+            assert (group.folders[0] / "memory.max").read_text() == str(7 << 20)
+            assert (group.folders[0] / "pids.max").read_text() == "5"
+            assert group.memory_kills() == 0
+        (group.folders[0] / "memory.events").write_text("oom 3\noom_kill 2\noom_group_kill 0\n")
+        assert group.memory_kills() == 2
+        assert (unit / "cgroup.subtree_control").read_text() == "memory pids"
+
+    @pytest.mark.parametrize("foreign", [0, 1])
+    def test_version_2_leaves_other_peoples_processes_alone(self, version_2, foreign):
+        unit, hold = version_2
+        hold(os.getpid(), foreign)
+        assert cgroup.open_cgroup("1", memory_bytes=1 << 20, processes=5) is None
+        assert not (unit / "srl_jax-host").exists()
 
     def test_a_sandbox_killed_for_its_memory_is_no_crash(self, jail, own_uids):
         """Its guest did that: a crash would be retried, and the guest's completion never scored."""

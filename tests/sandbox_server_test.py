@@ -230,7 +230,7 @@ class TestBadRequests:
         assert re.search(named, answer.json()["error"])
 
     def test_an_oversize_body(self):
-        with serving(limits=ServerLimits(max_body_bytes=10_000)) as (url, _):
+        with serving(limits=ServerLimits(max_body_bytes=10_000, discard_s=0.3)) as (url, _):
             answer = post(url, b"x" * 20_000)
             assert (answer.status_code, "10000" in answer.text) == (413, True)
 
