@@ -187,7 +187,15 @@ class SandboxSettings(Section):
 
     workers: int = number(2, at_least=1)
     wall_seconds: float = number(10.0, above=0)  # per action or test run
-    server: str = ""  # URL of a launch/reward_server.py that scores and executes instead of this machine
+    # What scores and executes instead of this machine: the URL of a launch/reward_server.py, or a Ray cluster's `hosts`
+    # actors with `workers` slots each ("ray": the cluster that this machine belongs to, or "ray://head:10001").
+    server: str = ""
+    hosts: int = number(1, at_least=1)
+
+    @property
+    def ray_address(self) -> str | None:
+        """Where the Ray cluster is; None when rewards do not come from one."""
+        return "auto" if self.server == "ray" else self.server if self.server.startswith("ray://") else None
 
     def build(self) -> SandboxConfig:
         """What a sandbox of these settings is opened with."""
