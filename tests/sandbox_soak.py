@@ -1,4 +1,4 @@
-"""A day of the reward service in ten minutes: `python tests/sandbox_soak.py --requests=20000 --seconds=600`.
+"""A day of the reward service in ten minutes: `python -m tests.sandbox_soak --requests=20000 --seconds=600`.
 
 Mixed requests (right, wrong, malformed, broken rules, repeated ones; with tests and without), one in twenty hostile,
 while processes of the sandboxes are killed at random.
