@@ -16,7 +16,7 @@ import optax
 
 from srl_jax import grammar
 from srl_jax.config import TrainConfig, validate
-from srl_jax.model.decoder import abstract_variables
+from srl_jax.model.decoder import abstract_variables, mergeable
 from srl_jax.sampling import sample
 from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
 from srl_jax.student import Student, plan_student
@@ -55,7 +55,10 @@ class Plan:
         base = self.resident["base weights"]
         remedy = remedies[name]
         if base > self.limit / 2:
-            remedy = "raise mesh.fsdp or mesh.tensor, or set model.dtype=bfloat16: the base weights take over half"
+            remedy = (
+                "raise mesh.fsdp or mesh.tensor, set model.dtype=bfloat16, or model.quantize=int8 or nf4: "
+                "the base weights take over half"
+            )
         raise DoesNotFit(
             f"a device has {self.limit / _GIB:.2f} GiB and this run needs {self.peak / _GIB:.2f} GiB "
             f"(base weights {base / _GIB:.2f}, {name} {self.programs[name] / _GIB:.2f}); {remedy}"
@@ -71,9 +74,10 @@ class Plan:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says."""
+    """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says; 4-bit types are packed."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8)
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -109,7 +113,7 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     }
     batch = _batch(student, automaton, config)
     settings = StepSettings(micro_batch=config.grpo.micro_batch)
-    merged = student.params["embedding"].dtype == jnp.float32  # see Student.sampling_variables
+    merged = mergeable(student.params)  # see Student.sampling_variables
     variables = {"params": student.params} | ({} if merged else {"lora": lora})
     sampler = sample.lower(
         student.decoder, variables, automaton, batch.prompt_tokens, batch.prompt_lengths, jax.random.key(0),

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from srl_jax import assets, grammar, sharding
 from srl_jax.config import ConfigError, TrainConfig
-from srl_jax.model import families, hf
-from srl_jax.model.decoder import Decoder, init_lora, merge_lora
+from srl_jax.model import families, hf, quantize
+from srl_jax.model.decoder import Decoder, init_lora, merge_lora, mergeable
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,11 +48,11 @@ class Student:
         """The variables to sample with: adapters merged where that is exact enough, else applied beside the base.
 
         In float32 merging costs a copy of the layers and saves two small products per linear map and token.
-        In bfloat16 a merged sum would round the adapters away, so they stay apart.
+        In bfloat16 or a quantised base a merged sum would round the adapters away, so they stay apart.
         """
         if lora is None:
             return {"params": self.params}
-        if self.params["embedding"].dtype != jnp.float32:
+        if not mergeable(self.params):
             return {"params": self.params, "lora": lora}
         return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
 
@@ -76,11 +76,12 @@ def load_student(config: TrainConfig, mesh: Mesh) -> Student:
     """
     path, tokenizer, new_rows, decoder = _describe(config, mesh)
     dtype, shardings = jnp.dtype(config.model.dtype), sharding.variable_shardings(mesh, decoder)["params"]
-    place = lambda leaf, array: jax.device_put(array, _at(shardings, leaf))
+    stored = {"dtype": dtype, "quantize": decoder.quantize}
+    stored["place"] = lambda leaf, array: jax.device_put(array, _at(shardings, leaf))
     if path is None:
-        params = hf.random_params(decoder.config, seed=0, dtype=dtype, place=place)
+        params = hf.random_params(decoder.config, seed=0, **stored)
     else:
-        _, params = hf.load_params(path, dtype=dtype, new_rows=new_rows, place=place)
+        _, params = hf.load_params(path, new_rows=new_rows, **stored)
     return _assemble(config, mesh, tokenizer, decoder, params, hf.weights_hash(params))
 
 
@@ -93,7 +94,14 @@ def plan_student(config: TrainConfig, mesh: Mesh) -> Student:
         node = params
         for key in leaf[:-1]:
             node = node.setdefault(key, {})
-        node[leaf[-1]] = jax.ShapeDtypeStruct(shape, hf.leaf_dtype(leaf, dtype), sharding=_at(shardings, leaf))
+        abstract = jax.ShapeDtypeStruct(shape, hf.leaf_dtype(leaf, dtype))
+        if leaf[-1] == "kernel" and decoder.quantize != "none":
+            abstract = quantize.abstract(abstract, decoder.quantize, dtype)
+        node[leaf[-1]] = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            _at(shardings, leaf),
+        )
     return _assemble(config, mesh, tokenizer, decoder, params, "")
 
 
@@ -123,7 +131,8 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
             "they do not belong together"
         )
-    decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat)
+    decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat, config.model.quantize)
+    quantize.check(model, decoder.quantize)
     sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
     return None if random_tiny else path, tokenizer, new_rows, decoder
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
+from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
@@ -115,7 +116,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """`x W + b`, plus `(x A) B * alpha/rank` when the caller passes the `lora` collection.
+    """`x W + b`, plus `(x A) B * alpha/rank` when the caller passes the `lora` collection. W may be quantised.
 
     A starts normal with variance 1/fan_in, B at zero (LoRA, arXiv 2106.09685), so a fresh adapter changes nothing.
     """
@@ -133,8 +134,11 @@ class Linear(nn.Module):
         fan_in, batch_shape = x.shape[-1], x.shape[:-1]
         x = x.reshape(-1, fan_in)
         init = nn.initializers.normal(fan_in**-0.5)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
-        y = x @ kernel
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedKernel):
+            y = quantized_matmul(x, kernel)
+        else:
+            y = x @ self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + _along_last(self.param("bias", zeros, (self.features,)), y)
@@ -217,13 +221,16 @@ class Decoder(nn.Module):
       config: the model's shapes.
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
       remat: what the backward pass recomputes: "none"; "dots" (everything but products with weights, which are
-        kept); "full" (each layer from its input alone).
+        kept, those with quantised ones apart); "full" (each layer from its input alone).
+      quantize: how the base's linear weights are stored: "none", "int8" or "nf4" (model/quantize.py). The layers take
+        them as they come; who makes or places weights asks here.
     """
 
     config: ModelConfig
     lora_rank: int = 0
     lora_alpha: float = 1.0
     remat: str = "none"
+    quantize: str = "none"
 
     @nn.compact
     def __call__(
@@ -323,13 +330,19 @@ def completion_hidden(
     return hidden.reshape(p, g, t, -1)
 
 
+def mergeable(params: dict) -> bool:
+    """Whether adapters can be added into the weights without rounding them away: nothing narrower than float32."""
+    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
 def merge_lora(params: dict, lora: dict, scale: float) -> dict:
     """Base weights with the adapters added in, for sampling.
 
-    Only sound when the base is float32: in bfloat16 the sum rounds away most of a small adapter.
+    Only sound when the base is float32 (see `mergeable`): in bfloat16 the sum rounds away most of a small adapter.
     """
-    if params["embedding"].dtype != jnp.float32:
-        raise ValueError(f"merge_lora needs float32 base weights, not {params['embedding'].dtype}")
+    if not mergeable(params):
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+        raise ValueError(f"merge_lora needs float32 base weights, not {', '.join(sorted(kinds))}")
     layers = dict(params["layers"])
     for name, adapter in lora["layers"].items():
         kernel = layers[name]["kernel"]
@@ -339,7 +352,10 @@ def merge_lora(params: dict, lora: dict, scale: float) -> dict:
 
 
 def abstract_variables(decoder: Decoder) -> dict:
-    """Shapes and logical axes (boxed) of the `params` and `lora` collections, computed without making them."""
+    """Shapes and logical axes (boxed) of the `params` and `lora` collections, computed without making them.
+
+    In float32; of quantised kernels, those of the numbers they stand for.
+    """
     token = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(decoder.init, jax.random.key(0), token, token)
 
