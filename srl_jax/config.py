@@ -63,7 +63,7 @@ class Section:
 class ModelSource(Section):
     """Which student is trained."""
 
-    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
+    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:<shape>".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
     quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype

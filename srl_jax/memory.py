@@ -89,10 +89,22 @@ def device_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def plan(config: TrainConfig, limit: int | None = None) -> Plan:
-    """The memory plan of a run of `config` on the devices that JAX sees; `limit` overrides `device_limit()`.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a run compiles, lowered from shapes, and the abstract arrays it is lowered for."""
 
-    Raises what `validate`, `make_mesh` and `plan_student` raise. Does not raise when it does not fit: see `check`.
+    student: Student
+    state: TrainState
+    batch: TrainBatch
+    sample: jax.stages.Lowered
+    reference: jax.stages.Lowered
+    update: jax.stages.Lowered
+
+
+def lower(config: TrainConfig) -> Programs:
+    """The programs of a run of `config` on the devices that JAX sees.
+
+    Raises what `validate`, `make_mesh` and `plan_student` raise.
     """
     validate(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -105,12 +117,6 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     optimizer, _ = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
     state = _state(student, lora, optimizer)
     automaton = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student.automaton)
-    resident = {
-        "base weights": device_bytes(student.params),
-        "adapters": device_bytes(lora),
-        "optimiser": device_bytes(state.opt_state),
-        "grammar": device_bytes(automaton),
-    }
     batch = _batch(student, automaton, config)
     settings = StepSettings(micro_batch=config.grpo.micro_batch)
     merged = mergeable(student.params)  # see Student.sampling_variables
@@ -123,14 +129,32 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     update = train_step.lower(
         state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
     )
-    own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
-    batch_bytes = device_bytes(batch)
-    programs = {
-        "sample": _beside_inputs(sampler) + own_copy,
-        "reference": _beside_inputs(reference) + batch_bytes,
-        "update": _beside_inputs(update) + batch_bytes,
+    return Programs(student, state, batch, sampler, reference, update)
+
+
+def plan(config: TrainConfig, limit: int | None = None) -> Plan:
+    """The memory plan of a run of `config` on the devices that JAX sees; `limit` overrides `device_limit()`.
+
+    Raises what `lower` raises. Does not raise when it does not fit: see `check`.
+    """
+    programs = lower(config)
+    student = programs.student
+    resident = {
+        "base weights": device_bytes(student.params),
+        "adapters": device_bytes(programs.state.lora),
+        "optimiser": device_bytes(programs.state.opt_state),
+        "grammar": device_bytes(student.automaton),
     }
-    return Plan(resident, programs, device_limit() if limit is None else limit, jax.default_backend())
+    own_copy = 0
+    if mergeable(student.params):  # see Student.sampling_variables
+        own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x])
+    batch_bytes = device_bytes(programs.batch)
+    beside = {
+        "sample": _beside_inputs(programs.sample) + own_copy,
+        "reference": _beside_inputs(programs.reference) + batch_bytes,
+        "update": _beside_inputs(programs.update) + batch_bytes,
+    }
+    return Plan(resident, beside, device_limit() if limit is None else limit, jax.default_backend())
 
 
 def _beside_inputs(lowered: jax.stages.Lowered) -> int:

@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from srl_jax import assets, grammar, sharding
 from srl_jax.config import ConfigError, TrainConfig
-from srl_jax.model import families, hf, quantize
+from srl_jax.model import hf, quantize
 from srl_jax.model.decoder import Decoder, init_lora, merge_lora, mergeable
+from srl_jax.model.shapes import SHAPES
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 
-# The tokenizer of the random small model: real, because the grammar, prompts and traces are.
-RANDOM_TINY, TINY_TOKENIZER = "random:tiny", "smollm2-135m-instruct"
+# Random models have a real tokenizer, because the grammar, prompts and traces are real.
+RANDOM, RANDOM_TOKENIZER = "random:", "smollm2-135m-instruct"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +115,11 @@ def _at(tree: dict, leaf: tuple[str, ...]):
 def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, dict[int, Sequence[int]], Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
-    random_tiny = source == RANDOM_TINY
-    if source.startswith("random:") and not random_tiny:
-        raise ConfigError("model.source", source, f"the only random model is {RANDOM_TINY!r}")
-    path = assets.fetch(TINY_TOKENIZER) if random_tiny else resolve_source(source)
+    shape = SHAPES.get(source.removeprefix(RANDOM)) if source.startswith(RANDOM) else None
+    if source.startswith(RANDOM) and shape is None:
+        names = ", ".join(RANDOM + name for name in SHAPES)
+        raise ConfigError("model.source", source, f"the random models are {names}")
+    path = assets.fetch(RANDOM_TOKENIZER) if shape else resolve_source(source)
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
@@ -125,7 +127,10 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
     # probability decides whether a block is closed. Means over the pieces close 300 times too seldom.
     pieces = dict(zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False))
     new_rows = {tag: pieces[tag][:1] for tag in tokenizer.added_tag_ids}
-    model = families.tiny(tokenizer.vocab_size) if random_tiny else hf.read_config(path, new_rows=new_rows)
+    if shape:
+        model = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
+    else:
+        model = hf.read_config(path, new_rows=new_rows)
     if model.vocab_size < tokenizer.vocab_size:
         raise hf.BadWeights(
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
@@ -134,7 +139,7 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
     decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat, config.model.quantize)
     quantize.check(model, decoder.quantize)
     sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
-    return None if random_tiny else path, tokenizer, new_rows, decoder
+    return None if shape else path, tokenizer, new_rows, decoder
 
 
 def _assemble(

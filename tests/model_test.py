@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from srl_jax import assets
-from srl_jax.model import families, hf
+from srl_jax.model import families, hf, shapes
 from srl_jax.model.decoder import (
     Decoder,
     completion_hidden,
@@ -72,7 +72,7 @@ def _adapted(config):
 
 @pytest.fixture(scope="module")
 def small():
-    return _adapted(families.tiny(101))
+    return _adapted(shapes.tiny(101))
 
 
 # What Gemma adds, at once. The first layer's window ends inside the prompts of `_ragged` for early completion tokens
@@ -97,7 +97,7 @@ def _ragged(seed=0, groups=3, length=9):
 
 @pytest.mark.parametrize("extra", [{}, _GEMMA], ids=["llama", "gemma"])
 def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
-    decoder, params, lora = _adapted(dataclasses.replace(families.tiny(101), **extra))
+    decoder, params, lora = _adapted(dataclasses.replace(shapes.tiny(101), **extra))
     prompts, lengths, completions = _ragged()
     weights = np.random.default_rng(5).standard_normal((2, 3, 9, decoder.config.d_model)).astype(np.float32)
 
@@ -121,7 +121,7 @@ def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
 
 
 def test_a_window_ends_where_it_says():
-    config = dataclasses.replace(families.tiny(101), windows=(4, 4))
+    config = dataclasses.replace(shapes.tiny(101), windows=(4, 4))
     decoder, params = Decoder(config), hf.random_params(config, seed=1)
     prompt, after = np.arange(12)[None], np.arange(20, 29)[None, None]
     lengths = jnp.asarray([12])

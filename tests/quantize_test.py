@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from srl_jax import sharding
 from srl_jax.config import ConfigError, validate
-from srl_jax.model import families, hf
+from srl_jax.model import families, hf, shapes
 from srl_jax.model.decoder import Decoder, abstract_variables, completion_hidden, init_lora, merge_lora
 from srl_jax.model.export import _merged_tensors
 from srl_jax.model.quantize import TILE, QuantizedKernel, abstract, dequantize, quantize, quantized_matmul
@@ -72,7 +72,7 @@ def test_codes_by_hand():
 
 
 def _small(**extra):
-    config = dataclasses.replace(families.tiny(101), **extra)
+    config = dataclasses.replace(shapes.tiny(101), **extra)
     decoder = Decoder(config, lora_rank=4, lora_alpha=8.0)
     return decoder, perturbed(init_lora(decoder, jax.random.key(2)))
 
@@ -144,7 +144,7 @@ def test_a_gradient_never_holds_the_base_in_full_precision(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loading_quantises_each_tensor_as_it_comes(scheme, tmp_path):
-    config = families.tiny(64)
+    config = shapes.tiny(64)
     full = hf.random_params(config, seed=3)
     tensors = {}
     for leaf in hf.expected_shapes(config):
@@ -209,7 +209,7 @@ def test_sampler_and_trainer_agree_and_eight_devices_are_one():
 
 def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(families.UnsupportedModel, match=r"nf4.*d_ff = 96.*int8"):
-        hf.random_params(dataclasses.replace(families.tiny(101), d_ff=96), 0, quantize="nf4")
+        hf.random_params(dataclasses.replace(shapes.tiny(101), d_ff=96), 0, quantize="nf4")
     with pytest.raises(ConfigError, match=r"model\.quantize.*int4.*did you mean"):
         validate(tiny_config(quantize="int4"))
     decoder, lora = _small()
