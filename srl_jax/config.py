@@ -68,6 +68,7 @@ class ModelSource(Section):
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
     quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype
     remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
+    attention: str = choice("auto", "xla")  # "auto": cuDNN or splash where model/flash.py chooses them
     atomic_tags: bool = True  # the six tags as single tokens rather than as text
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from srl_jax import assets, grammar, sharding
 from srl_jax.config import ConfigError, TrainConfig
-from srl_jax.model import hf, quantize
+from srl_jax.model import flash, hf, quantize
 from srl_jax.model.decoder import Decoder, init_lora, merge_lora, mergeable
 from srl_jax.model.shapes import SHAPES
 from srl_jax.sampling import SamplingConfig
@@ -112,6 +112,12 @@ def _at(tree: dict, leaf: tuple[str, ...]):
     return tree
 
 
+def _platform(mesh: Mesh) -> str:
+    """ "cuda", "tpu", "cpu" or what else the mesh is made of; JAX calls GPUs of every maker "gpu"."""
+    device = mesh.devices.flat[0]
+    return "cuda" if device.platform == "gpu" and "cuda" in device.client.platform_version else device.platform
+
+
 def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, dict[int, Sequence[int]], Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
@@ -136,7 +142,12 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
             "they do not belong together"
         )
-    decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat, config.model.quantize)
+    attention = config.model.attention
+    if attention == "auto":
+        attention = flash.choose(_platform(mesh), model, jnp.dtype(config.model.dtype))
+    decoder = Decoder(
+        model, config.lora.rank, config.lora.alpha, config.model.remat, config.model.quantize, attention, mesh
+    )
     quantize.check(model, decoder.quantize)
     sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
     return None if shape else path, tokenizer, new_rows, decoder

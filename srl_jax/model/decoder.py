@@ -12,17 +12,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
+from srl_jax.model.flash import flash_attend
 from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
 class Prefix(NamedTuple):
-    """Keys and values of P prompts, every layer, and which of their positions are real."""
+    """Keys and values of P prompts, every layer, and which of their positions are real: the first so many."""
 
     k: Float[Array, "L P K Lp H"]
     v: Float[Array, "L P K Lp H"]
@@ -84,6 +86,7 @@ class Scene(NamedTuple):
     sin: Float[Array, "R B T half"]
     distance: Int[Array, "1 T S"]
     prefix_distance: Int[Array, "P #G #T Lp"] | None
+    prefix_lengths: Int[Array, "P"] | None
     step: Int[Array, ""] | None
 
 
@@ -163,6 +166,8 @@ class Block(nn.Module):
     lora_rank: int
     lora_scale: float
     keep_kv: bool
+    attention: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, carry, layer: LayerData, prefix_kv, scene: Scene):
@@ -199,8 +204,14 @@ class Block(nn.Module):
         def seen(distance):
             return None if distance is None else (distance >= 0) & (distance < layer.window)
 
-        masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
-        y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
+        if self.attention != "xla" and t > 1:  # one query has no scores worth avoiding
+            lengths = scene.prefix_lengths
+            y = flash_attend(
+                q, k, v, prefix_kv, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh
+            )
+        else:
+            masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
+            y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
         y = linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
         x = x + (RMSNorm(c.norm_eps, name="attention_post_norm")(y) if c.post_norms else y)
 
@@ -224,6 +235,8 @@ class Decoder(nn.Module):
         kept, those with quantised ones apart); "full" (each layer from its input alone).
       quantize: how the base's linear weights are stored: "none", "int8" or "nf4" (model/quantize.py). The layers take
         them as they come; who makes or places weights asks here.
+      attention: "xla", or the kernel of model/flash.py that passes over whole rows take.
+      mesh: where such a kernel runs; needed on several devices.
     """
 
     config: ModelConfig
@@ -231,6 +244,8 @@ class Decoder(nn.Module):
     lora_alpha: float = 1.0
     remat: str = "none"
     quantize: str = "none"
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -273,10 +288,14 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
+        )(
+            c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, self.attention, self.mesh,
+            name="layers",
+        )  # fmt: skip
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
         prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
-        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, step)
+        prefix_lengths = None if prefix is None else prefix.mask.sum(-1)
+        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, prefix_lengths, step)
         x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
