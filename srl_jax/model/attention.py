@@ -1,4 +1,4 @@
-"""Attention of a completion to itself and to a prompt it shares with its group, in general form: any platform, any mask.
+"""Attention of a completion to itself and to a prompt it shares with its group, in general: any platform, any mask.
 
 flash.py has kernels for the plain causal case on GPUs and TPUs.
 
