@@ -284,8 +284,22 @@ def test_damaged_models_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalML"]}))
     with pytest.raises(families.UnsupportedModel, match=r"LlamaForCausalML.*nearest: LlamaForCausalLM"):
         hf.load_params(tmp_path)
+    del config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(families.UnsupportedModel, match=r"config\.json: field 'num_hidden_layers' is missing"):
+        hf.load_params(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(hf.BadWeights, match=r"config\.json is not JSON"):
+        hf.load_params(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hf.load_params(tmp_path / "nowhere")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    make_peer("gemma2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(hf.BadWeights, match=r"model\.safetensors cannot be read"):
+        hf.load_params(tmp_path)
 
 
 def test_the_hash_sees_one_changed_bit(small):

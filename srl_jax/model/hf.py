@@ -91,15 +91,24 @@ class _GgufSource:
         return array
 
 
+def _read_hf_config(path: Path) -> ModelConfig:
+    try:
+        return from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise BadWeights(f"{path} is not JSON ({error}); download the model again") from None
+    except KeyError as error:
+        raise UnsupportedModel(f"{path}: field {error} is missing") from None
+
+
 class _SafetensorsSource:
     """Tensors of a Hugging Face directory (one file or a sharded index), under Hugging Face names."""
 
     column = 0
 
     def __init__(self, directory: Path, stack: contextlib.ExitStack):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        self.config = from_hf(json.loads((directory / "config.json").read_text()))
+        self.config = _read_hf_config(directory / "config.json")
         self.norm_offset = self.config.norm_offset
         index = directory / "model.safetensors.index.json"
         if index.exists():
@@ -111,7 +120,10 @@ class _SafetensorsSource:
             if not (directory / file).exists():
                 raise BadWeights(f"{directory}: {file} is missing; download the model again")
             # framework "flax" reads bfloat16, which numpy alone does not know.
-            handle = stack.enter_context(safe_open(directory / file, framework="flax"))
+            try:
+                handle = stack.enter_context(safe_open(directory / file, framework="flax"))
+            except SafetensorError as error:
+                raise BadWeights(f"{directory / file} cannot be read ({error}); download the model again") from None
             self._by_name.update(dict.fromkeys(handle.keys(), handle))
 
     def get(self, name: str) -> np.ndarray | None:
