@@ -7,6 +7,7 @@ for the devices at hand, from shapes alone, and asked what they need beside thei
 import dataclasses
 import math
 import os
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import optax
 from srl_jax import grammar
 from srl_jax.config import TrainConfig, validate
 from srl_jax.model.decoder import abstract_variables, mergeable
-from srl_jax.sampling import sample
+from srl_jax.sampling import decode, prefill, row_keys
 from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
 from srl_jax.student import Student, plan_student
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, make_optimizer, reference_logprobs, train_step
@@ -91,12 +92,12 @@ def device_limit() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What a run compiles, lowered from shapes, and the abstract arrays it is lowered for."""
+    """The programs of a step after sampling, lowered from shapes, and the abstract arrays they are lowered for."""
 
     student: Student
+    automaton: grammar.TokenAutomaton
     state: TrainState
     batch: TrainBatch
-    sample: jax.stages.Lowered
     reference: jax.stages.Lowered
     update: jax.stages.Lowered
 
@@ -119,17 +120,11 @@ def lower(config: TrainConfig) -> Programs:
     automaton = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student.automaton)
     batch = _batch(student, automaton, config)
     settings = StepSettings(micro_batch=config.grpo.micro_batch)
-    merged = mergeable(student.params)  # see Student.sampling_variables
-    variables = {"params": student.params} | ({} if merged else {"lora": lora})
-    sampler = sample.lower(
-        student.decoder, variables, automaton, batch.prompt_tokens, batch.prompt_lengths, jax.random.key(0),
-        group_size=config.grpo.group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
-    )  # fmt: skip
     reference = reference_logprobs.lower(student.decoder, student.params, automaton, batch, settings=settings)
     update = train_step.lower(
         state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
     )
-    return Programs(student, state, batch, sampler, reference, update)
+    return Programs(student, automaton, state, batch, reference, update)
 
 
 def plan(config: TrainConfig, limit: int | None = None) -> Plan:
@@ -145,21 +140,43 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
         "optimiser": device_bytes(programs.state.opt_state),
         "grammar": device_bytes(student.automaton),
     }
-    own_copy = 0
-    if mergeable(student.params):  # see Student.sampling_variables
-        own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x])
     batch_bytes = device_bytes(programs.batch)
     beside = {
-        "sample": _beside_inputs(programs.sample) + own_copy,
-        "reference": _beside_inputs(programs.reference) + batch_bytes,
-        "update": _beside_inputs(programs.update) + batch_bytes,
+        "sample": _sampler_bytes(config, programs),
+        "reference": _beside_inputs(programs.reference.compile()) + batch_bytes,
+        "update": _beside_inputs(programs.update.compile()) + batch_bytes,
     }
     return Plan(resident, beside, device_limit() if limit is None else limit, jax.default_backend())
 
 
-def _beside_inputs(lowered: jax.stages.Lowered) -> int:
+def _sampler_bytes(config: TrainConfig, programs: Programs) -> int:
+    """What prefill or decoding takes beside the resident arrays, whichever is more; and a merged copy of the layers."""
+    student, batch, automaton = programs.student, programs.batch, programs.automaton
+    merged = mergeable(student.params)  # see Student.sampling_variables
+    variables = {"params": student.params} | ({} if merged else {"lora": programs.state.lora})
+    slots = config.sampling.slots or config.data.prompts_per_step
+    tokens, lengths = (
+        jax.ShapeDtypeStruct((min(slots, x.shape[0]), *x.shape[1:]), x.dtype, sharding=x.sharding)
+        for x in (batch.prompt_tokens, batch.prompt_lengths)
+    )
+    keys = jax.eval_shape(partial(row_keys, rows=lengths.shape[0] * config.grpo.group_size), jax.random.key(0))
+    start = prefill.lower(
+        student.decoder, variables, automaton, tokens, lengths, keys,
+        group_size=config.grpo.group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+    )  # fmt: skip
+    started = start.compile()
+    flight = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        start.out_info, started.output_shardings,
+    )  # fmt: skip
+    turns = decode.lower(student.decoder, variables, automaton, flight, 0, 0, settings=student.sampling)
+    own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
+    return max(_beside_inputs(started), device_bytes(flight) + _beside_inputs(turns.compile())) + own_copy
+
+
+def _beside_inputs(compiled: jax.stages.Compiled) -> int:
     """Temporaries and outputs of a compiled function; donated inputs that become outputs count once, as inputs."""
-    analysis = lowered.compile().memory_analysis()
+    analysis = compiled.memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 

@@ -66,7 +66,7 @@ def test_rows_do_not_see_each_other_nor_padding():
     assert np.any(before[4] != after[4])
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 2)], ids=["data", "fsdp x tensor"])
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 2), (4, 1, 1)], ids=["data", "fsdp x tensor", "too many"])
 def test_devices_work_on_their_own_rows_and_heads(axes):
     mesh = sharding.make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))])
     arguments, weights = _problem()

@@ -52,7 +52,7 @@ def flash_attend(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of rows to themselves and to all of the first `prefix_lengths` positions of their prompt.
 
-    Equal to `attention.attend` with those masks. On a mesh of several devices each works on its rows and heads.
+    Equal to `attention.attend` with those masks. On a mesh of several devices each works on its own rows and heads.
 
     Args:
       q, k, v: the rows' own; row b belongs to prompt b // (B // P).
@@ -62,7 +62,9 @@ def flash_attend(
     run = partial(_attend, scale=scale, kernel=kernel, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return run(q, k, v, prefix, prefix_lengths)
-    rows = ("data", "fsdp")
+    prompts = q.shape[0] if prefix is None else prefix[0].shape[0]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = ("data", "fsdp") if prompts % shards == 0 else None  # a sampler's intake may be too few: each does them all
     heads = PartitionSpec(rows, "tensor")
     specs = (PartitionSpec(rows, None, "tensor"), heads, heads, heads, PartitionSpec(rows))
     # The kernels are opaque to XLA's partitioner.
