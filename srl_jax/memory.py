@@ -75,10 +75,9 @@ class Plan:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says; 4-bit types are packed."""
+    """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says."""
     return sum(
-        -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8)
-        for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
 
 
