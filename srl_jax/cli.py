@@ -37,10 +37,11 @@ def user_errors() -> tuple[type[Exception], ...]:
     from srl_jax.replay import ReplayError
     from srl_jax.report import ReportError
     from srl_jax.rollout import PromptTooLong
+    from srl_jax.sandbox.wire import RemoteError
     from srl_jax.sharding import BadMesh
 
     model = (UnsupportedModel, BadWeights, ExportError, DoesNotFit, BadMesh)
-    run = (CheckpointError, Diverged, ReplayError, PromptTooLong)
+    run = (CheckpointError, Diverged, ReplayError, RemoteError, PromptTooLong)
     return (*host, *model, *run, ReportError, NothingToEvaluate)
 
 

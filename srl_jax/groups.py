@@ -161,6 +161,7 @@ def rollout_metrics(
         ),
         "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
         "unscored": float((~valid).sum()),
+        "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
         "kl": mean(sampled_kl(groups.arrays, "k1")),
         "kept_groups": len(kept) / len(groups.records),
         "groups_drawn": float(len(groups.records)),

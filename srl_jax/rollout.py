@@ -19,7 +19,7 @@ from srl_jax.groups import advantages as group_advantages
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import RewardService, ScoreRequest
+from srl_jax.sandbox.service import ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.teacher_rows import with_teachers
@@ -132,7 +132,7 @@ def sample_groups(
     records: list[TeacherRecord],
     prompts: list[list[int]],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     *,
     group_size: int,
     prompt_width: int,
@@ -193,7 +193,7 @@ def collect_rollouts(
     lora: dict,
     records: Iterator[TeacherRecord],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
     settings: StepSettings,
     *,
