@@ -1,5 +1,6 @@
 """This project as it trains: shared prefill, constrained decode loop, prompt-shared reference and update."""
 
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,7 @@ import numpy as np
 from srl_jax import grammar, sharding
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, load_model, prompts
-from srl_jax.model.decoder import Decoder
+from srl_jax.model.decoder import Decoder, encode_prompts
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import SamplingConfig, sample
 from srl_jax.student import Student
@@ -35,7 +36,6 @@ def run(gate: Gate, workload: Workload, directory: Path, *, shared: bool = True,
     then takes as many rows at a time as the peers'. `masked=False`: nothing is forbidden, and no mask is made.
     """
     gate.count_compilations()
-    jax.config.update("jax_numpy_rank_promotion", "allow")
     if masked:
         return _train(gate, workload, directory, shared)
     everything = lambda automaton, state: jnp.ones((*state.state.shape, *automaton.kind_of_token.shape), bool)
@@ -71,6 +71,8 @@ def _train(gate: Gate, workload: Workload, directory: Path, shared: bool) -> Non
             )
             arrays = {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs")}
             part.tokens = int(arrays["mask"].sum())
+            if int(state.step) == 0:  # the warm-up's time is no figure, so there is time for this one
+                part.extra = {"prefill_seconds": _prefill_seconds(student, state.lora, prompt_tokens, lengths)}
         with gate.part("update") as part:
             arrays |= {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
             batch = make_batch(student, arrays, gains)
@@ -86,6 +88,17 @@ def _train(gate: Gate, workload: Workload, directory: Path, shared: bool) -> Non
             )
             jax.block_until_ready((reference, state, metrics))
             part.extra = {"logprob_gap": float(metrics["logprob_gap"]), **device_memory(device)}
+
+
+def _prefill_seconds(student: Student, lora: dict, tokens: np.ndarray, lengths: np.ndarray) -> float:
+    """Seconds of the shared prefill alone, the best of three."""
+    encode, variables = jax.jit(encode_prompts, static_argnums=0), student.sampling_variables(lora)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        jax.block_until_ready(encode(student.decoder, variables, tokens, lengths))
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
 
 
 def device_memory(device: jax.Device) -> dict[str, float]:
