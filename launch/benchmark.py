@@ -12,7 +12,6 @@ from pathlib import Path
 
 from absl import flags
 
-from data_pipeline.load import DataError, read_sample
 from srl_jax import cli
 
 _OUT = flags.DEFINE_string("out", "runs/bench", "Where rounds and results are kept.")
@@ -27,7 +26,9 @@ _RECORDS = flags.DEFINE_integer("records", 24, "Dev records for --parts=tags.", 
 def main() -> int:
     # Several systems share one accelerator, so none may take all of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from srl_jax.bench import parts  # after the environment is set
+    # Only here, since every worker process imports this file: those of torch need nothing of JAX.
+    from data_pipeline.load import read_sample
+    from srl_jax.bench import parts
 
     parts.run(
         parts.Request(
@@ -44,4 +45,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from data_pipeline.errors import DataError
+
     cli.run(main, DataError)

@@ -36,6 +36,7 @@ def normal(name: str) -> str:
 
 RUNTIME = requirements(SETUP["options"]["install_requires"])
 TEST = requirements(SETUP["options.extras_require"]["test"])
+BENCH = requirements(SETUP["options.extras_require"]["bench"])
 
 
 def constraint_lines() -> list[Requirement]:
@@ -140,7 +141,8 @@ def imported_distributions(folders: tuple[str, ...]) -> dict[str, str]:
 
 def test_every_import_is_a_declared_dependency():
     for distribution, path in imported_distributions(("srl_jax", "data_pipeline", "launch", "configs")).items():
-        assert distribution in RUNTIME, f"{path} imports {distribution}, which setup.cfg does not require"
+        declared = RUNTIME.keys() | (BENCH.keys() if Path(path).match("srl_jax/bench/peer_*.py") else set())
+        assert distribution in declared, f"{path} imports {distribution}, which setup.cfg does not require"
 
 
 def test_every_test_import_is_a_declared_dependency():
@@ -158,7 +160,7 @@ def test_every_dependency_is_pinned_once_for_every_python(python):
             assert normal(requirement.name) not in pinned, f"{requirement.name} is pinned twice for {python}"
             assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"{requirement} is no exact pin"
             pinned[normal(requirement.name)] = str(requirement.specifier)[2:]
-    for name, requirement in (RUNTIME | TEST).items():
+    for name, requirement in (RUNTIME | TEST | BENCH).items():
         assert name in pinned, f"third_party/constraints.txt lacks {name}"
         assert requirement.specifier.contains(pinned[name]), f"{name}: {pinned[name]} against {requirement}"
     assert pinned["jax"] == pinned["jaxlib"]

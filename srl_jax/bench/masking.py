@@ -50,8 +50,8 @@ def widened(tokenizer: Tokenizer, size: int, seed: int = 0) -> Vocabulary:
     return Vocabulary(made, tokenizer.tag_ids, tokenizer.eos_id, f"{tokenizer.fingerprint} widened to {size}")
 
 
-@partial(jax.jit, static_argnames=("steps", "masked"))
-def _steps(automaton, scores, steps: int, masked: bool):
+@partial(jax.jit, static_argnames=("count", "masked"))
+def steps(automaton, scores, count: int, masked: bool):
     """So many steps of greedy sampling from the same scores, with the mask or without."""
 
     def step(_, carry):
@@ -61,7 +61,7 @@ def _steps(automaton, scores, steps: int, masked: bool):
         return grammar.advance(automaton, state, chosen) if masked else state, total + chosen
 
     start = grammar.initial_state(automaton, scores.shape[0], 16_000, 8_000)
-    return jax.lax.fori_loop(0, steps, step, (start, jnp.zeros(scores.shape[0])))
+    return jax.lax.fori_loop(0, count, step, (start, jnp.zeros(scores.shape[0])))
 
 
 def measure(rows: int) -> list[dict[str, float]]:
@@ -80,11 +80,11 @@ def measure(rows: int) -> list[dict[str, float]]:
         scores = jax.random.normal(jax.random.key(0), (rows, size))
         per_step = {}
         for masked in (True, False):
-            jax.block_until_ready(_steps(automaton, scores, _STEPS, masked))
+            jax.block_until_ready(steps(automaton, scores, _STEPS, masked))
             times = []
             for _ in range(5):
                 began = time.perf_counter()
-                jax.block_until_ready(_steps(automaton, scores, _STEPS, masked))
+                jax.block_until_ready(steps(automaton, scores, _STEPS, masked))
                 times.append(time.perf_counter() - began)
             per_step[masked] = min(times) / _STEPS * 1e3
         records.append(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from srl_jax import grammar, sharding
+from srl_jax.bench.weights import load_model
 from srl_jax.bench.worker import Gate
-from srl_jax.bench.workload import Workload, advantages, load_model, prompts
+from srl_jax.bench.workload import Workload, advantages, prompts
 from srl_jax.model.decoder import Decoder, encode_prompts
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import SamplingConfig, sample

@@ -14,7 +14,8 @@ from typing import Any
 
 from srl_jax.bench import floor, masking, tables, tags
 from srl_jax.bench.race import SYSTEMS, race
-from srl_jax.bench.workload import WORKLOADS, Workload, read_shape
+from srl_jax.bench.weights import read_shape
+from srl_jax.bench.workload import WORKLOADS, Workload
 from srl_jax.config import ConfigError
 from srl_jax.evaluation import write_bytes
 from srl_jax.records import TeacherRecord

@@ -18,8 +18,9 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from srl_jax.bench.ours import device_memory
+from srl_jax.bench.weights import read_shape
 from srl_jax.bench.worker import Gate
-from srl_jax.bench.workload import Workload, advantages, prompts, read_shape
+from srl_jax.bench.workload import Workload, advantages, prompts
 
 _LINEAR = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from srl_jax.bench import worker
-from srl_jax.bench.workload import Workload, write_model
+from srl_jax.bench.weights import write_model
+from srl_jax.bench.workload import Workload
 from srl_jax.config import ConfigError
 from srl_jax.evaluation import write_bytes
 
