@@ -29,6 +29,7 @@ UPPER = {
     "srl_jax.steps": {"srl_jax.train"},
     "srl_jax.rollout": {
         "srl_jax.train", "srl_jax.steps", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft", "srl_jax.replay_step",
+        "srl_jax.bench.ours",
     },
 }
 # Programs that run inside the sandbox: they act when imported.
