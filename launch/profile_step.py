@@ -1,20 +1,26 @@
-"""What a run takes of each device: `python launch/profile_step.py --config=configs/smollm2_cpu.py --dry_run`.
+"""Where a step's time goes: `python launch/profile_step.py --config=configs/smollm2_cpu.py --out=runs/profile`.
 
---dry_run prints, before anything runs and without reading a weight, what the arrays and each compiled step take of a
-device, and refuses (exit code 2) what cannot fit. For a machine that is not at hand give --devices and --device_gib;
-the steps are then compiled for this CPU, and another compiler's temporaries differ. --measure makes the arrays, runs
-the reference pass and one update, and prints what they took beside it. --row prints a row of reports/memory.md.
+Runs --steps real steps and prints what prefill, decode, reward wait, log-probs, forward, backward, optimiser,
+collectives and the host took of them; the trace for xprof lies in --out.
+
+--dry_run runs nothing: it prints, without reading a weight, what the arrays and each compiled step take of a device,
+and refuses (exit code 2) what cannot fit. For a machine that is not at hand give --devices and --device_gib; the steps
+are then compiled for this CPU, and another compiler's temporaries differ. --measure makes the arrays, runs the
+reference pass and one update, and prints what they took beside it. --row prints a row of reports/memory.md.
 """
 
 import os
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipeline.load import DataError, make_stream
 from srl_jax import cli
-from srl_jax.config import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in configs/ with get_config().")
+_OUT = flags.DEFINE_string("out", "runs/profile", "Where the trace and the run's files go.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps to time, after one that compiles.", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Predict memory.")
 _MEASURE = flags.DEFINE_bool("measure", False, "Measure it too, by running a step.")
 _ROW = flags.DEFINE_bool("row", False, "Print Markdown instead, and refuse nothing.")
@@ -25,7 +31,7 @@ flags.mark_flags_as_required(["config"])
 
 def main() -> int:
     if not (_DRY_RUN.value or _MEASURE.value):
-        raise ConfigError("", "profile_step", "give --dry_run, --measure or both")
+        return time_steps()
     if _DEVICES.value:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = (
@@ -46,5 +52,15 @@ def main() -> int:
     return 0
 
 
+def time_steps() -> int:
+    config = _CONFIG.value
+    stream = make_stream(config.data.dir, "train", seed=config.seed)
+
+    from srl_jax.step_profile import profile, table  # the accelerator stack, only once everything else is right
+
+    print(table(profile(config, stream, Path(_OUT.value), _STEPS.value)))
+    return 0
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, DataError)
