@@ -65,10 +65,12 @@ class Section:
 class ModelSource(Section):
     """Which student is trained."""
 
-    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
+    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:<shape>".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
+    quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype
     remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
+    attention: str = choice("auto", "xla")  # "auto": cuDNN or splash where model/flash.py chooses them
     atomic_tags: bool = True  # the six tags as single tokens rather than as text
 
 
@@ -99,6 +101,7 @@ class SamplingSettings(Section):
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
+    drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
     slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
 
 
