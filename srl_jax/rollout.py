@@ -17,7 +17,7 @@ from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import RewardService, Score, ScoreRequest
+from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.train_step import StepSettings, TrainBatch, reference_logprobs
@@ -148,7 +148,7 @@ def sample_groups(
     records: list[TeacherRecord],
     prompts: list[list[int]],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     *,
     group_size: int,
     prompt_width: int,
@@ -209,7 +209,7 @@ def collect_rollouts(
     lora: dict,
     records: Iterator[TeacherRecord],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
     settings: StepSettings,
 ) -> tuple[TrainBatch, dict[str, float], Groups]:
@@ -299,6 +299,7 @@ def _metrics(groups: Groups, informative: list[int], skipped: int, timing: Count
         ),
         "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
         "unscored": float((~valid).sum()),
+        "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
         "kl": mean(_kl(groups, "k1")),
         "kept_groups": len(informative) / len(groups.records),
         "groups_drawn": float(len(groups.records)),

@@ -20,9 +20,6 @@ from srl_jax.model.shapes import SHAPES
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 
-# Random models have a real tokenizer, because the grammar, prompts and traces are real.
-RANDOM, RANDOM_TOKENIZER = "random:", "smollm2-135m-instruct"
-
 
 @dataclasses.dataclass(frozen=True)
 class Student:
@@ -58,13 +55,6 @@ class Student:
 
 
 _merge = jax.jit(merge_lora, static_argnames=("scale",))
-
-
-def resolve_source(source: str) -> Path:
-    """Path of a model given as `asset:<name>`, a directory or a file."""
-    if source.startswith("asset:"):
-        return assets.fetch(source.removeprefix("asset:"))
-    return Path(source).expanduser()
 
 
 def load_student(config: TrainConfig, mesh: Mesh) -> Student:
@@ -147,11 +137,11 @@ def _platform(mesh: Mesh) -> str:
 def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, hf.NewRows, Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
-    shape = SHAPES.get(source.removeprefix(RANDOM)) if source.startswith(RANDOM) else None
-    if source.startswith(RANDOM) and shape is None:
-        names = ", ".join(RANDOM + name for name in SHAPES)
+    shape = SHAPES.get(source.removeprefix(assets.RANDOM)) if source.startswith(assets.RANDOM) else None
+    if source.startswith(assets.RANDOM) and shape is None:
+        names = ", ".join(assets.RANDOM + name for name in SHAPES)
         raise ConfigError("model.source", source, f"the random models are {names}")
-    path = assets.fetch(RANDOM_TOKENIZER) if shape else resolve_source(source)
+    path = assets.model_path(source)
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
@@ -190,7 +180,10 @@ def _assemble(
     else:
         automaton = grammar.free_automaton(tokenizer, vocab_size=model.vocab_size)
     settings = SamplingConfig(
-        config.sampling.max_new_tokens, config.sampling.max_think_tokens, config.sampling.temperature
+        config.sampling.max_new_tokens,
+        config.sampling.max_think_tokens,
+        config.sampling.temperature,
+        config.sampling.drafts,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)

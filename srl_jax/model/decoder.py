@@ -87,7 +87,7 @@ class Scene(NamedTuple):
     distance: Int[Array, "#B T S"]
     prefix_distance: Int[Array, "P #G #T Lp"] | None
     prefix_lengths: Int[Array, "P"] | None
-    column: Int[Array, ""] | None  # of the cache, to write to
+    columns: Int[Array, "B T"] | None  # of the cache, where each token's keys and values are written
 
 
 def _prefix_distance(config: ModelConfig, prefix: Prefix, positions: Int[Array, "B T"]) -> Int[Array, "P #G #T Lp"]:
@@ -195,16 +195,16 @@ class Block(nn.Module):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
-            at = (layer.index, 0, 0, scene.column, 0)
-            cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
-            cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
+            at = (layer.index, jnp.arange(batch)[:, None], slice(None), scene.columns)
+            cache_k.value = cache_k.value.at[at].set(k.transpose(0, 2, 1, 3).astype(cache_k.value.dtype), mode="drop")
+            cache_v.value = cache_v.value.at[at].set(v.transpose(0, 2, 1, 3).astype(cache_v.value.dtype), mode="drop")
             k = jax.lax.dynamic_index_in_dim(cache_k.value, layer.index, keepdims=False).astype(k.dtype)
             v = jax.lax.dynamic_index_in_dim(cache_v.value, layer.index, keepdims=False).astype(v.dtype)
 
         def seen(distance):
             return None if distance is None else (distance >= 0) & (distance < layer.window)
 
-        if self.attention != "xla" and t > 1:  # one query has no scores worth avoiding
+        if self.attention != "xla" and scene.columns is None:  # a decode step has no scores worth avoiding
             lengths = scene.prefix_lengths
             y = flash_attend(
                 q, k, v, prefix_kv, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh
@@ -253,15 +253,14 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         prefix: Prefix | None = None,
-        column: Int[Array, ""] | None = None,
         age: Int[Array, "B"] | None = None,
         return_kv: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B K T H"], Float[Array, "L B K T H"]] | None]:
         """Final-norm hidden states of `tokens`, and with `return_kv` every layer's keys and values.
 
         Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
-        collection (`init_cache`), T must be 1: the token is written at `column` of the ring and sees it and the `age`
-        columns before it.
+        collection (`init_cache`), which holds the first `age` tokens of each row, the T that follow are added behind
+        them; a column beyond the cache's end is dropped.
         In both cases it sees all real positions of its row's prompt in `prefix`. Windowed layers see the nearest of
         these only, by position: a row's own positions are consecutive, a prompt's start at 0.
         """
@@ -275,13 +274,12 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         frequencies = jnp.asarray(rope_tables(c))[:, None, None, :]
         angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
-        if column is None:
-            columns = jnp.arange(tokens.shape[1])
-            distance = columns[None, :, None] - columns[None, None, :]
-        else:
-            width = self.variables["cache"]["layers"]["keys"].shape[3]
-            back = ((column - jnp.arange(width)) % width)[None, :]
-            distance = jnp.where(back <= age[:, None], back, -1)[:, None, :]
+        columns = jnp.arange(tokens.shape[1])[None, :]
+        keys = columns
+        if age is not None:
+            columns = age[:, None] + columns
+            keys = jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3])[None, :]
+        distance = columns[:, :, None] - keys[:, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
         layers = nn.scan(
@@ -299,7 +297,8 @@ class Decoder(nn.Module):
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
         prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
         prefix_lengths = None if prefix is None else prefix.mask.sum(-1)
-        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, prefix_lengths, column)
+        columns = None if age is None else columns
+        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, prefix_lengths, columns)
         x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
