@@ -33,6 +33,7 @@ $(INSTALLED): setup.cfg pyproject.toml third_party/constraints.txt
 
 test: $(INSTALLED)
 	@command -v node >/dev/null || echo "notice: no Node here, tests of JavaScript tasks are left out"
+	@command -v javac >/dev/null || echo "notice: no JDK here, tests of Java tasks are left out"
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The random small model borrows a real tokenizer, because the grammar, prompts and traces are real.
+RANDOM, RANDOM_TOKENIZER = "random:", "smollm2-135m-instruct"
 MANIFEST = Path(__file__).resolve().parents[1] / "third_party" / "manifest.toml"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -68,6 +70,15 @@ def fetch(name: str) -> Path:
             ) from error
     _verify(asset, folder)
     return folder / asset.entry
+
+
+def model_path(source: str) -> Path:
+    """The path of a model given as `asset:<name>`, a directory or a file; of a `random:<shape>`, its tokenizer's."""
+    if source.startswith(RANDOM):
+        return fetch(RANDOM_TOKENIZER)
+    if source.startswith("asset:"):
+        return fetch(source.removeprefix("asset:"))
+    return Path(source).expanduser()
 
 
 def cache_dir() -> Path:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from srl_jax.rewards import RewardConfig
+from srl_jax.sandbox.isolation import Limits
+from srl_jax.sandbox.runner import SandboxConfig
 
 
 class ConfigError(ValueError):
@@ -63,10 +65,12 @@ class Section:
 class ModelSource(Section):
     """Which student is trained."""
 
-    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
+    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:<shape>".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
+    quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype
     remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
+    attention: str = choice("auto", "xla")  # "auto": cuDNN or splash where model/flash.py chooses them
     atomic_tags: bool = True  # the six tags as single tokens rather than as text
 
 
@@ -97,6 +101,8 @@ class SamplingSettings(Section):
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
+    drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
+    slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
 
 
 @dataclasses.dataclass
@@ -131,6 +137,7 @@ class RewardSettings(Section):
     brevity_ratio: float = number(1.5, above=0)
     state_match: str = choice("exact", "soft")
     execution: float = number(0.0, at_least=0)  # weight of the sandbox's verdict; 0 leaves rewards unexecuted
+    match_gate: float = number(0.0, at_least=0, at_most=1)  # match-set F1 that earns the action's part in full; 0: off
 
     def build(self) -> RewardConfig:
         """The immutable form the reward functions take."""
@@ -184,6 +191,20 @@ class SandboxSettings(Section):
 
     workers: int = number(2, at_least=1)
     wall_seconds: float = number(10.0, above=0)  # per action or test run
+    # What scores and executes instead of this machine: the URL of a launch/reward_server.py, or a Ray cluster's `hosts`
+    # actors with `workers` slots each ("ray": the cluster that this machine belongs to, or "ray://head:10001").
+    server: str = ""
+    hosts: int = number(1, at_least=1)
+
+    @property
+    def ray_address(self) -> str | None:
+        """Where the Ray cluster is; None when rewards do not come from one."""
+        return "auto" if self.server == "ray" else self.server if self.server.startswith("ray://") else None
+
+    def build(self) -> SandboxConfig:
+        """What a sandbox of these settings is opened with."""
+        limits = Limits(wall_s=self.wall_seconds, cpu_s=math.ceil(self.wall_seconds))
+        return SandboxConfig(self.workers, engine_limits=limits, test_limits=limits)
 
 
 @dataclasses.dataclass

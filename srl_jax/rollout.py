@@ -17,7 +17,7 @@ from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import RewardService, Score, ScoreRequest
+from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.train_step import StepSettings, TrainBatch, reference_logprobs
@@ -148,17 +148,19 @@ def sample_groups(
     records: list[TeacherRecord],
     prompts: list[list[int]],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     *,
     group_size: int,
     prompt_width: int,
     settings: StepSettings,
     timing: Counter,
     reference: bool = True,
+    slots: int = 0,
 ) -> Groups:
     """Samples and scores one group per record; rewards are computed while the device scores the reference.
 
     `reference=False` is for the base itself: its log-probs are the reference's, so `ref` repeats `logprobs`.
+    `slots`: prompts decoded at once, see `sampling.sample`.
     """
     started = time.perf_counter()
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
@@ -173,6 +175,7 @@ def sample_groups(
         group_size=group_size,
         settings=student.sampling,
         pad_id=student.tokenizer.pad_id,
+        slots=slots,
     )
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
     arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
@@ -206,7 +209,7 @@ def collect_rollouts(
     lora: dict,
     records: Iterator[TeacherRecord],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
     settings: StepSettings,
 ) -> tuple[TrainBatch, dict[str, float], Groups]:
@@ -229,6 +232,7 @@ def collect_rollouts(
         groups = sample_groups(
             student, variables, batch_records, prompts, jax.random.fold_in(key, attempt), service,
             group_size=c.group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+            slots=config.sampling.slots,
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups
         informative = _informative(drawn, config)
@@ -295,6 +299,7 @@ def _metrics(groups: Groups, informative: list[int], skipped: int, timing: Count
         ),
         "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
         "unscored": float((~valid).sum()),
+        "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
         "kl": mean(_kl(groups, "k1")),
         "kept_groups": len(informative) / len(groups.records),
         "groups_drawn": float(len(groups.records)),

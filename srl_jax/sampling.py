@@ -2,7 +2,8 @@
 
 The distribution sampled is the model's, renormalised over the tokens the grammar allows, at the sampling
 temperature; the log-probs returned are those of that same distribution, so training uses exactly what was sampled.
-No host call is made per token.
+No host call is made per token: the loop comes back to the host only when slots have become free for waiting prompts, or
+when so few rows are left that a smaller batch finishes them sooner.
 """
 
 import dataclasses
@@ -11,12 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
-from srl_jax.model.decoder import Decoder, encode_prompts, init_cache, logits
+from srl_jax.model.decoder import Decoder, Prefix, encode_prompts, init_cache, logits
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
+# Below so many rows a decode step costs what reading the weights costs, so a still smaller batch gains nothing.
+_LEAST_ROWS = 8
+_FAR = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +32,14 @@ class SamplingConfig:
       max_new_tokens: T, completion budget in tokens, both tags of the last block included.
       max_think_tokens: budget of the think block.
       temperature: divides the logits; 0 is greedy.
+      drafts: tokens guessed ahead at every step by prompt look-up (see `look_up`) and checked together. They change
+        what a step costs and how many tokens it may bring, never which tokens.
     """
 
     max_new_tokens: int
     max_think_tokens: int = 512
     temperature: float = 1.0
+    drafts: int = 0
 
 
 class Completions(NamedTuple):
@@ -74,20 +82,224 @@ def draw(probs: Float[Array, "B V"], u: Float[Array, "B 2"]) -> Int[Array, "B"]:
     return block * _BLOCK + within
 
 
+def look_up(
+    context: Int[Array, "B S"], known: Bool[Array, "B S"], last: Int[Array, "B 2"], count: int
+) -> Int[Array, "B count"]:
+    """The `count` tokens that followed the nearest earlier place where the last two tokens stood; -1 where unknown.
+
+    Prompt look-up decoding: an action's patterns and a state's lists copy much of the prompt. `known` tells the tokens
+    of `context` that exist already; `last` are the last two, oldest first, and themselves the end of what is known.
+    """
+    pairs = (context[:, :-1] == last[:, :1]) & (context[:, 1:] == last[:, 1:]) & known[:, :-1] & known[:, 1:]
+    # The pair must have a known follower; this also leaves out the end itself.
+    pairs = pairs & jnp.pad(known[:, 2:], ((0, 0), (0, 1)))
+    place = (pairs * jnp.arange(1, pairs.shape[1] + 1)[None, :]).max(axis=1)
+    at = place[:, None] + 1 + jnp.arange(count)[None, :]
+    found = jnp.take_along_axis(context, at, axis=1, mode="fill", fill_value=-1)
+    there = jnp.take_along_axis(known, at, axis=1, mode="fill", fill_value=False)
+    return jnp.where((place[:, None] > 0) & there, found, -1)
+
+
+class Flight(NamedTuple):
+    """P slots of G rows in mid-decode: B = P*G, row b in slot b // G.
+
+    Each row is as far as its own `age` tells, and sees that many columns of the cache. So a slot can be given to a new
+    prompt at any time, and nothing of the one before is seen.
+    """
+
+    prefix: Prefix
+    prompts: Int[Array, "P Lp"]
+    lengths: Int[Array, "P"]
+    cache: dict
+    keys: Array  # [B], one PRNG key a row
+    token: Int[Array, "B"]  # the last one, the next input
+    state: grammar.GrammarState  # fields [B]
+    age: Int[Array, "B"]  # tokens drawn so far
+    done: Bool[Array, "B"]
+    tokens: Int[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+
+
+_ROW_FIELDS = ("keys", "token", "state", "age", "done", "tokens", "logprobs")
+
+
 @partial(jax.jit, static_argnames=("decoder", "group_size", "settings", "pad_id"))
-def sample(
+def prefill(
     decoder: Decoder,
     variables: dict,
     automaton: grammar.TokenAutomaton,
     prompt_tokens: Int[Array, "P Lp"],
     prompt_lengths: Int[Array, "P"],
+    keys: Array,
+    *,
+    group_size: int,
+    settings: SamplingConfig,
+    pad_id: int,
+) -> Flight:
+    """Encodes each prompt once and readies `group_size` rows for it; `keys` [P*G] is each row's own."""
+    b, t_max = keys.shape[0], settings.max_new_tokens
+    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+    return Flight(
+        prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths),
+        prompts=prompt_tokens,
+        lengths=prompt_lengths,
+        cache=init_cache(decoder.config, b, t_max, variables["params"]["embedding"].dtype),
+        keys=keys,
+        token=jnp.repeat(last, group_size),
+        state=grammar.initial_state(automaton, b, t_max, settings.max_think_tokens),
+        age=jnp.zeros((b,), jnp.int32),
+        done=jnp.zeros((b,), bool),
+        tokens=jnp.full((b, t_max), pad_id, jnp.int32),
+        logprobs=jnp.zeros((b, t_max), jnp.float32),
+    )
+
+
+@partial(jax.jit, static_argnames=("decoder", "settings"), donate_argnames=("flight",))
+def decode(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    flight: Flight,
+    few_slots: Int[Array, ""] | int = 0,
+    few_rows: Int[Array, ""] | int = 0,
+    *,
+    settings: SamplingConfig,
+) -> Flight:
+    """Draws tokens until all rows are done, at most `few_slots` slots are busy, or none has over `few_rows` rows left.
+
+    `flight` is donated: its cache is written in place.
+    """
+    slots, rows = flight.lengths.shape[0], flight.token.shape[0]
+    group_size = rows // slots
+
+    def body(flight: Flight) -> Flight:
+        drafts = _drafts(flight, settings.drafts)
+        inputs = jnp.concatenate([flight.token[:, None], jnp.maximum(drafts, 0)], axis=1)
+        positions = (jnp.repeat(flight.lengths - 1, group_size) + flight.age)[:, None] + jnp.arange(inputs.shape[1])[
+            None, :
+        ]
+        (hidden, _), updated = decoder.apply(
+            {**variables, "cache": flight.cache}, inputs, positions, flight.prefix, flight.age, mutable=["cache"]
+        )
+        flight = flight._replace(cache=updated["cache"])
+        open_ = ~flight.done
+        for i in range(inputs.shape[1]):
+            scores = logits(decoder.config, variables["params"], hidden[:, i])
+            scores = jnp.where(grammar.allowed_tokens(automaton, flight.state), scores, -jnp.inf)
+            chosen, logprob = _choose(scores, flight.keys, flight.age, settings.temperature)
+            # A closed row writes nowhere and keeps its state; what it would do with padding must not matter.
+            at = (jnp.arange(rows), jnp.where(open_, flight.age, _FAR))
+            following = grammar.advance(automaton, flight.state, chosen)
+            state = jax.tree.map(partial(jnp.where, open_), following, flight.state)
+            flight = flight._replace(
+                token=jnp.where(open_, chosen, flight.token),
+                state=state,
+                age=flight.age + open_,
+                done=flight.done | grammar.is_done(automaton, state),
+                tokens=flight.tokens.at[at].set(chosen, mode="drop"),
+                logprobs=flight.logprobs.at[at].set(logprob, mode="drop"),
+            )
+            if i < drafts.shape[1]:
+                # What was drawn after a wrong guess saw that guess: the row waits for the next step.
+                open_ = open_ & ~flight.done & (chosen == drafts[:, i])
+        return flight
+
+    def running(flight: Flight) -> Bool[Array, ""]:
+        alive = (~flight.done).reshape(slots, group_size).sum(axis=1)
+        return (alive.max() > few_rows) & ((alive > 0).sum() > few_slots)
+
+    return jax.lax.while_loop(running, body, flight)
+
+
+def _drafts(flight: Flight, count: int) -> Int[Array, "B count"]:
+    """Guesses of each row's next tokens, from its prompt and from what it has written so far."""
+    rows, written = flight.tokens.shape
+    if count == 0:
+        return jnp.zeros((rows, 0), jnp.int32)
+    slots, width = flight.prompts.shape
+    by_row = partial(jnp.repeat, repeats=rows // slots, axis=0)
+    context = jnp.concatenate([by_row(flight.prompts), flight.tokens], axis=1)
+    known = jnp.concatenate(
+        [
+            by_row(jnp.arange(width)[None, :] < flight.lengths[:, None]),
+            jnp.arange(written)[None, :] < flight.age[:, None],
+        ],
+        axis=1,
+    )
+    before = jnp.take_along_axis(flight.tokens, jnp.maximum(flight.age - 2, 0)[:, None], axis=1)
+    # Before its second token a row has no pair of its own to look up.
+    before = jnp.where(flight.age[:, None] >= 2, before, -1)
+    return look_up(context, known, jnp.concatenate([before, flight.token[:, None]], axis=1), count)
+
+
+def _choose(
+    scores: Float[Array, "B V"], keys: Array, age: Int[Array, "B"], temperature: float
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Each row's next token from its masked logits, and that token's log-prob."""
+    greedy = temperature == 0.0
+    scores = scores if greedy else scores / temperature
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    if greedy:
+        chosen = jnp.argmax(scores, axis=-1)
+    else:
+        uniforms = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n), (2,)))
+        chosen = draw(weights, uniforms(keys, age))
+    score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
+    return chosen.astype(jnp.int32), score - top[:, 0] - jnp.log(weights.sum(axis=-1))
+
+
+@partial(jax.jit, donate_argnames=("flight",))
+def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
+    """`flight` with the new prompts of `fresh` in the given slots; a slot number out of range is a prompt too many."""
+    group_size = flight.token.shape[0] // flight.lengths.shape[0]
+    rows = (slots[:, None] * group_size + jnp.arange(group_size)[None, :]).reshape(-1)
+    by_slot, by_row = partial(_put, at=slots, axis=0), partial(_put, at=rows, axis=0)
+    return flight._replace(
+        prefix=Prefix(
+            _put(flight.prefix.k, fresh.prefix.k, at=slots, axis=1),
+            _put(flight.prefix.v, fresh.prefix.v, at=slots, axis=1),
+            by_slot(flight.prefix.mask, fresh.prefix.mask),
+        ),
+        prompts=by_slot(flight.prompts, fresh.prompts),
+        lengths=by_slot(flight.lengths, fresh.lengths),
+        **{name: jax.tree.map(by_row, getattr(flight, name), getattr(fresh, name)) for name in _ROW_FIELDS},
+    )
+
+
+def _put(old: Array, new: Array, *, at: Int[Array, "R"], axis: int) -> Array:
+    return old.at[(slice(None),) * axis + (at,)].set(new, mode="drop")
+
+
+@jax.jit
+def _compact(flight: Flight, slots: Int[Array, "P2"], members: Int[Array, "P2 G2"]) -> Flight:
+    """The given slots, and of each the given members, as a smaller flight."""
+    group_size = flight.token.shape[0] // flight.lengths.shape[0]
+    rows = (slots[:, None] * group_size + members).reshape(-1)
+    prefix = Prefix(flight.prefix.k[:, slots], flight.prefix.v[:, slots], flight.prefix.mask[slots])
+    return flight._replace(
+        prefix=prefix,
+        prompts=flight.prompts[slots],
+        lengths=flight.lengths[slots],
+        cache=jax.tree.map(lambda x: x[:, rows], flight.cache),
+        **{name: jax.tree.map(lambda x: x[rows], getattr(flight, name)) for name in _ROW_FIELDS},
+    )
+
+
+def sample(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    prompt_tokens: Int[Array, "N Lp"],
+    prompt_lengths: Int[Array, "N"],
     key: Array,
     *,
     group_size: int,
     settings: SamplingConfig,
     pad_id: int,
+    slots: int = 0,
 ) -> Completions:
-    """Draws `group_size` completions for each prompt.
+    """Draws `group_size` completions for each of N prompts.
 
     Args:
       variables: `{"params": ...}`, and `{"lora": ...}` when the adapters are not merged into the params.
@@ -95,58 +307,75 @@ def sample(
       prompt_tokens, prompt_lengths: right-padded prompts of at least two tokens.
       key: one JAX PRNG key; with the same key a row gets the same tokens whatever else is in the batch.
       pad_id: written after a completion's end.
+      slots: prompts decoded at once; the others wait until all of a group is done. 0: all N.
     """
-    p, _ = prompt_tokens.shape
-    b, t_max = p * group_size, settings.max_new_tokens
-    params = variables["params"]
-    keys = row_keys(key, b)
-    prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths)
-    cache = init_cache(decoder.config, b, t_max, params["embedding"].dtype)
-    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
-    greedy = settings.temperature == 0.0
+    count = prompt_tokens.shape[0]
+    keys = row_keys(key, count * group_size)
+    start = partial(prefill, decoder, variables, automaton, group_size=group_size, settings=settings, pad_id=pad_id)
+    go_on = partial(decode, decoder, variables, automaton, settings=settings)
+    if jax.process_count() > 1:
+        # Rows live on other hosts too, and all hosts must take the same turns: one loop to the end.
+        return _completions(automaton, go_on(start(prompt_tokens, prompt_lengths, keys)), count)
 
-    def body(carry):
-        step, token, state, done, cache, out = carry
-        positions = jnp.repeat(prompt_lengths - 1, group_size) + step
-        (hidden, _), updated = decoder.apply(
-            {**variables, "cache": cache}, token[:, None], positions[:, None], prefix, step, mutable=["cache"]
-        )
-        scores = logits(decoder.config, params, hidden[:, 0])
-        allowed = grammar.allowed_tokens(automaton, state)
-        scores = jnp.where(allowed, scores if greedy else scores / settings.temperature, -jnp.inf)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        if greedy:
-            chosen = jnp.argmax(scores, axis=-1)
+    width = min(slots or count, count)
+    if width < count:
+        # Chosen from anew at every intake.
+        prompt_tokens, prompt_lengths = np.asarray(prompt_tokens), np.asarray(prompt_lengths)
+    one_device = len(jax.tree.leaves(variables)[0].sharding.device_set) == 1
+    flight = start(prompt_tokens[:width], prompt_lengths[:width], keys[: width * group_size])
+    # Which of the N*G completions each row of the flight is.
+    origin = np.arange(width * group_size).reshape(width, group_size)
+    waiting, intake = list(range(width, count)), max(1, width // 4)
+    out: dict[str, np.ndarray] = {}
+    while True:
+        p, g = origin.shape
+        if waiting:
+            few = (p - min(intake, len(waiting)), 0)
+        elif p * g > _LEAST_ROWS:
+            few = (p // 2 if one_device else 0, g // 2)
         else:
-            uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step), (2,)))(keys)
-            chosen = draw(weights, uniforms)
-        chosen = chosen.astype(jnp.int32)
-        score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
-        logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
-        chosen = jnp.where(done, pad_id, chosen)
-        out = {
-            "tokens": out["tokens"].at[:, step].set(chosen),
-            "mask": out["mask"].at[:, step].set(~done),
-            "logprobs": out["logprobs"].at[:, step].set(jnp.where(done, 0.0, logprob)),
-        }
-        following = grammar.advance(automaton, state, chosen)
-        # A finished row keeps its state; what it would do with padding must not matter.
-        state = jax.tree.map(lambda old, new: jnp.where(done, old, new), state, following)
-        return step + 1, chosen, state, done | grammar.is_done(automaton, state), updated["cache"], out
+            few = (0, 0)
+        flight = go_on(flight, *few)
+        drawn = _completions(automaton, flight, p)
+        alive = ~np.asarray(flight.done).reshape(p, g)
+        if not alive.any() and not waiting and not out:
+            return drawn
+        for name, array in drawn._asdict().items():
+            whole = out.setdefault(name, np.zeros((count * group_size, *array.shape[2:]), array.dtype))
+            whole[origin[~alive]] = np.asarray(array)[~alive]
+        if waiting:
+            free = np.flatnonzero(~alive.any(axis=1))[:intake]
+            taken, waiting = waiting[: len(free)], waiting[len(free) :]
+            # Always `intake` prompts, so that one shape is compiled; a copy's place is out of range.
+            chosen, places = np.resize(taken, intake), np.full(intake, p)
+            places[: len(taken)] = free[: len(taken)]
+            rows = chosen[:, None] * group_size + np.arange(group_size)[None, :]
+            fresh = start(prompt_tokens[chosen], prompt_lengths[chosen], keys[rows.reshape(-1)])
+            flight = _refill(flight, fresh, places)
+            origin[places[: len(taken)]] = rows[: len(taken)]
+        elif alive.any():
+            slots_left, members = _smaller(alive, divide_slots=one_device)
+            flight = _compact(flight, slots_left, members)
+            origin = np.take_along_axis(origin[slots_left], members, axis=1)
+        else:
+            return Completions(**{name: x.reshape(count, group_size, *x.shape[1:]) for name, x in out.items()})
 
-    def running(carry):
-        step, _, _, done, _, _ = carry
-        return (step < t_max) & ~jnp.all(done)
 
-    state = grammar.initial_state(automaton, b, settings.max_new_tokens, settings.max_think_tokens)
-    out = {
-        "tokens": jnp.full((b, t_max), pad_id, jnp.int32),
-        "mask": jnp.zeros((b, t_max), bool),
-        "logprobs": jnp.zeros((b, t_max), jnp.float32),
-    }
-    start = (jnp.int32(0), jnp.repeat(last, group_size), state, jnp.zeros((b,), bool), cache, out)
-    _, _, state, _, _, out = jax.lax.while_loop(running, body, start)
-    grouped = {name: array.reshape(p, group_size, t_max) for name, array in out.items()}
-    finished = state.state == automaton.end_state
-    return Completions(**grouped, finished=finished.reshape(p, group_size))
+def _smaller(alive: np.ndarray, *, divide_slots: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [P2] and their members [P2, G2] that hold all rows `alive` [P, G]; sizes by repeated halving."""
+    p, g = alive.shape
+    while divide_slots and p > 1 and alive.any(axis=1).sum() <= p // 2:
+        p //= 2
+    while g > 1 and alive.sum(axis=1).max() <= g // 2:
+        g //= 2
+    slots = np.argsort(~alive.any(axis=1), kind="stable")[:p]
+    members = np.argsort(~alive[slots], axis=1, kind="stable")[:, :g]
+    return slots, members
+
+
+def _completions(automaton: grammar.TokenAutomaton, flight: Flight, slots: int) -> Completions:
+    """What the rows of `flight` have drawn so far, by slot."""
+    columns = jnp.arange(flight.tokens.shape[1])[None, :]
+    finished = flight.state.state == automaton.end_state
+    flat = Completions(flight.tokens, columns < flight.age[:, None], flight.logprobs, finished)
+    return jax.tree.map(lambda x: x.reshape(slots, -1, *x.shape[1:]), flat)

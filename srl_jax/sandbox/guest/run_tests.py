@@ -1,6 +1,6 @@
 """Run a test program over /repo and report which test ids passed: runs inside the sandbox.
 
-stdin: {"runner", "files", "wall_s", "nonce", "programs": {"python", "node"}}
+stdin: {"runner", "files", "wall_s", "cpu_s", "nonce", "programs": {"python", "node", "java"}}
 stdout: {"ended": "exit"|"timeout", "exit_code", "finished": whether the runner reached its end,
          "passed": [ids], "failed": [ids], "skipped": [ids], "output": the last of stdout and stderr}
 
@@ -13,6 +13,7 @@ through /proc.  A record counts when it carries the run's nonce.
 import ctypes
 import json
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -21,10 +22,19 @@ import time
 PR_SET_DUMPABLE = 4
 TAIL, RESULTS_CAP = 4000, 4 << 20
 RESULT_FD = 3
+# What the virtual machine reserves must fit under the limit on address space; the file of performance data, which
+# it would map from /tmp, is for tools that are not here.
+JAVA_OPTIONS = (
+    "-Xmx512m", "-Xss2m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=64m",
+    "-XX:CompressedClassSpaceSize=128m", "-XX:-UsePerfData", "-Xshare:auto", "-ea", "-Djava.io.tmpdir=/tmp",
+    "--add-modules=jdk.compiler",
+)  # fmt: skip
 
 
 def command(job):
     """The child's program, arguments and which descriptor carries its records."""
+    if job["runner"] == "java":
+        return [job["programs"]["java"], *JAVA_OPTIONS, "/guest/RunJava.java"], 1
     if job["runner"] != "node":
         python = job["programs"]["python"]
         return [python, "-I", "-S", "-B", f"/guest/run_{job['runner']}.py"], RESULT_FD
@@ -32,17 +42,31 @@ def command(job):
     return [job["programs"]["node"], "--test", *reporter, *job["files"]], 1
 
 
+def instructions(job):
+    """What the child reads on stdin; Java's library has no JSON, and paths hold no NUL."""
+    if job["runner"] == "java":
+        return "\0".join([job["nonce"], *job["files"]]).encode()
+    return json.dumps({"files": job["files"], "nonce": job["nonce"]}).encode()
+
+
 def start(job):
-    """Spawn the child; returns (pid, results, output, stdin) with our ends of its pipes."""
+    """Start the child, with a bound on its processor time; returns (pid, results, output, stdin), our ends of pipes."""
     arguments, result_fd = command(job)
     results_in, results_out = os.pipe()
     output_in, output_out = os.pipe()
     stdin_in, stdin_out = os.pipe()
     redirect = {0: stdin_in, 1: output_out, 2: output_out, result_fd: results_out}
-    # Pipe ends are close-on-exec; duplicates made by the spawn are not.  Lift the sources out of the way first.
+    # Pipe ends are close-on-exec; dup2's are not.  Lift the sources out of the way of the targets first.
     lifted = {target: os.dup(source) for target, source in redirect.items()}
-    actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in lifted.items()]
-    pid = os.posix_spawn(arguments[0], arguments, dict(os.environ), file_actions=actions)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for target, source in lifted.items():
+                os.dup2(source, target)
+            resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_s"], job["cpu_s"] + 1))
+            os.execve(arguments[0], arguments, dict(os.environ))
+        finally:
+            os._exit(127)
     for fd in (results_out, output_out, stdin_in, *lifted.values()):
         os.close(fd)
     return pid, results_in, output_in, stdin_out
@@ -126,7 +150,7 @@ def main():
     os.environ["SRL_NONCE"] = job["nonce"] if job["runner"] == "node" else ""
     pid, results, output, stdin = start(job)
     try:
-        os.write(stdin, json.dumps({"files": job["files"], "nonce": job["nonce"]}).encode())
+        os.write(stdin, instructions(job))
     except BrokenPipeError:
         print("the test program did not start", file=sys.stderr)
     os.close(stdin)
