@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srl_jax import grammar, sampling, sharding
+from srl_jax.bench.masking import Vocabulary
 from srl_jax.bench.weights import load_model
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
@@ -17,21 +18,24 @@ from srl_jax.model.decoder import Decoder, encode_prompts
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import SamplingConfig, sample
 from srl_jax.student import Student
-from srl_jax.trace import TAGS
+from srl_jax.trace import STOP
 from srl_jax.train_step import StepSettings, TrainState, make_optimizer, reference_logprobs, train_step
+
+_RAGGED = 64  # one token in so many ends a row of the ragged variants
 
 
 def make_student(workload: Workload, directory: Path, *, ragged: bool = False, drafts: int = 0) -> Student:
     tokenizer, config, params = load_model(workload, directory)
-    if ragged:
-        table = "embedding" if config.tie_embeddings else "head"
-        newline, closing = tokenizer.encode_text("\n")[0], tokenizer.tag_ids[TAGS.index("</think>")]
-        params[table] = params[table].at[closing].set(params[table][newline])
     decoder = Decoder(config, workload.lora_rank, float(workload.lora_rank))
-    automaton = grammar.compile_grammar(tokenizer, vocab_size=config.vocab_size)
     # The thought may take all that the shortest rest leaves, so that a row lives to the end of its budget.
     settings = SamplingConfig(workload.new_tokens, workload.new_tokens - 1, drafts=drafts)
-    grammar.check_budget(automaton, settings.max_new_tokens, settings.max_think_tokens)
+    if ragged:
+        spelled = [STOP.encode() if i % _RAGGED == 0 else raw for i, raw in enumerate(tokenizer.token_bytes)]
+        vocabulary = Vocabulary(spelled, tokenizer.tag_ids, tokenizer.eos_id, "ragged")
+        automaton = grammar.free_automaton(vocabulary, vocab_size=config.vocab_size)
+    else:
+        automaton = grammar.compile_grammar(tokenizer, vocab_size=config.vocab_size)
+        grammar.check_budget(automaton, settings.max_new_tokens, settings.max_think_tokens)
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     return Student(decoder, params, tokenizer, automaton, mesh, settings, "")
 
@@ -51,8 +55,9 @@ def run(
 
     `shared=False`: each completion is a group of one, so its prompt is computed for it alone, as peers do; an update
     then takes as many rows at a time as the peers'. `masked=False`: nothing is forbidden, and no mask is made.
-    `ragged=True`: thoughts close as often as lines end, so that rows end at different lengths, which is what
-    `compact=False`, no smaller batch for the last rows, is to be compared on. `drafts`: tokens guessed ahead.
+    `ragged=True`: no grammar, and every 64th token of the vocabulary ends its row, so that rows end at different
+    lengths, which is what `compact=False`, no smaller batch for the last rows, is to be compared on. `drafts`: tokens
+    guessed ahead.
     """
     gate.count_compilations()
     with contextlib.ExitStack() as changes:

@@ -24,7 +24,7 @@ PARTS = ("workloads", "grammar", "tags", "ablation")
 # (with, without): how many times as fast the first is as the second is what one thing is worth, alone.
 ABLATIONS = {
     ("ours", "unshared"): "prompts shared in sampling (rollout) and in the update",
-    ("ragged", "uncompacted"): "a smaller batch for the last rows (rollout), where thoughts close at random",
+    ("ragged", "uncompacted"): "a smaller batch for the last rows (rollout), where rows end at random",
     ("speculating", "ours"): "three tokens guessed ahead by prompt look-up (rollout), untrained model",
 }
 PEERS = ("hf", "trl", "tunix")
