@@ -44,7 +44,7 @@ def test_systems_take_turns_and_rounds_survive(out):
     assert len(spans) == 3 * 2 * 2, "warm-up and two rounds of two parts of two systems"
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "one at a time"
     turn = stored["rounds"][0]["systems"]["one"]["rollout"]
-    assert turn["tokens"] == TINY.tokens and 0.02 <= turn["seconds"] < 1 and turn["peak_mb"] > 1
+    assert turn["tokens"] == TINY.tokens and 0.02 <= turn["seconds"] < 60 and turn["peak_mb"] > 1
     # The same call again measures nothing; a third round adds to the two; another commit's are not mixed in.
     assert race("t", TINY, systems, out, rounds=2, commit="c", say=quiet) == stored
     more = race("t", TINY, systems, out, rounds=3, commit="c", say=quiet)
@@ -182,7 +182,7 @@ def test_names_are_checked_first(tmp_path, changes, message):
 
 def test_the_page_shows_every_section(out, monkeypatch):
     for name in SYSTEMS:
-        monkeypatch.setitem(SYSTEMS, name, steady(out, name, 0.1 if name == "unshared" else 0.02))
+        monkeypatch.setitem(SYSTEMS, name, steady(out, name, 0.4 if name == "unshared" else 0.02))
     request = parts.Request(out, ["ablation"], ["tiny"], [], 2, "the command", list)
     parts.run(request, quiet)
     page = (out / "results.md").read_text()
