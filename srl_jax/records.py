@@ -15,7 +15,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -249,7 +249,7 @@ def _decode(kind: str, cls: type, data: bytes) -> Any:
     versions = value["record"].get("versions") if isinstance(value["record"], dict) else None
     if isinstance(versions, dict) and isinstance(versions.get("schema"), str):
         _check_schema(Versions(versions["schema"], "", ""))
-    return _from_json(value["record"], cls, "", {})
+    return _reader(cls)(value["record"], None, {})
 
 
 @functools.cache
@@ -280,29 +280,61 @@ def _to_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
     return _plain(value, kind, path)
 
 
-def _from_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
-    """The inverse of `_to_json`."""
+# Where in a record a value stands: (the place of its parent, its name or index). Only errors spell it out.
+Place = tuple["Place | None", str | int]
+Reader = Callable[[Any, "Place | None", dict[str, int]], Any]
+
+
+def _spelled(place: Place | None) -> str:
+    if place is None:
+        return ""
+    parent, name = place
+    return f"{_spelled(parent)}[{name}]" if isinstance(name, int) else _join(_spelled(parent), name)
+
+
+@functools.cache
+def _reader(kind: Any) -> Reader:
+    """The inverse of `_to_json` for values annotated `kind`, its branches taken once instead of at every record."""
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise CorruptRecord(f"{path or 'record'} must be an object, not {type(value).__name__}")
-        hints = _hints(kind)
-        if value.keys() != hints.keys():
-            odd = min(value.keys() ^ hints.keys())
-            state = "unknown" if odd in value else "missing"
-            raise CorruptRecord(f"{_join(path, odd[:40])} is {state}; the record was made by another version")
-        return kind(
-            **{name: _from_json(value[name], hint, _join(path, name), sizes) for name, hint in hints.items()}
-        )
+        return _object_reader(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _array_from_json(value, arguments[1], path, sizes)
+        return lambda value, place, sizes: _array_from_json(value, arguments[1], _spelled(place), sizes)
     if origin is types.UnionType:
-        return None if value is None else _from_json(value, arguments[0], path, sizes)
+        inner = _reader(arguments[0])
+        return lambda value, place, sizes: None if value is None else inner(value, place, sizes)
     if origin is tuple:
+        return _list_reader(arguments[0])
+    if kind is str or kind is int or kind is bool:
+        return lambda value, place, _: value if type(value) is kind else _plain(value, kind, _spelled(place))
+    return lambda value, place, _: _plain(value, kind, _spelled(place))
+
+
+def _object_reader(cls: type) -> Reader:
+    readers = {name: _reader(hint) for name, hint in _hints(cls).items()}
+
+    def read(value: Any, place: Place | None, sizes: dict[str, int]) -> Any:
+        if not isinstance(value, dict):
+            raise CorruptRecord(f"{_spelled(place) or 'record'} must be an object, not {type(value).__name__}")
+        if value.keys() != readers.keys():
+            odd = min(value.keys() ^ readers.keys())
+            state = "unknown" if odd in value else "missing"
+            where = _spelled((place, odd[:40]))
+            raise CorruptRecord(f"{where} is {state}; the record was made by another version")
+        return cls(*[reader(value[name], (place, name), sizes) for name, reader in readers.items()])
+
+    return read
+
+
+def _list_reader(kind: Any) -> Reader:
+    item_reader = _reader(kind)
+
+    def read(value: Any, place: Place | None, sizes: dict[str, int]) -> Any:
         if not isinstance(value, list):
-            raise CorruptRecord(f"{path} must be a list, not {type(value).__name__}")
-        return tuple(_from_json(item, arguments[0], f"{path}[{i}]", sizes) for i, item in enumerate(value))
-    return _plain(value, kind, path)
+            raise CorruptRecord(f"{_spelled(place)} must be a list, not {type(value).__name__}")
+        return tuple([item_reader(item, (place, i), sizes) for i, item in enumerate(value)])
+
+    return read
 
 
 def _plain(value: Any, kind: Any, path: str) -> Any:
