@@ -6,6 +6,7 @@ not a data set, so an interrupted run leaves nothing that could be mistaken for 
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from array_record.python import array_record_module
 
 from data_pipeline.errors import DataError
 from srl_jax.records import TeacherRecord, encode_record
+from srl_jax.trace import render_state
 
 MANIFEST = "manifest.json"
 FORMAT = "srl-dataset/1"
@@ -65,8 +68,32 @@ def write_shards(
             writer.write(encode_record(record))
         writer.close()
         _sync_file(path)
-        entries.append({**file_entry(path, folder.parent), "records": len(part)})
+        index = path.with_suffix(".index.npy")
+        write_bytes(index, _index(part))
+        entry = {**file_entry(path, folder.parent), "index": file_entry(index, folder.parent)}
+        entries.append({**entry, "records": len(part)})
     return entries
+
+
+def _index(records: Sequence[TeacherRecord]) -> bytes:
+    """What a loader orders records by without reading them: int32 [records, 2], difficulty and characters.
+
+    The characters are those the student reads and writes that differ between tasks: instruction, excerpts, state and
+    trace. Tokens would need a tokenizer; to sort by, this is as good.
+    """
+    rows = [
+        (
+            record.task.difficulty,
+            len(record.task.instruction)
+            + sum(len(file.text) for file in record.task.context)
+            + len(render_state(record.task.prior_state))
+            + len(record.trace),
+        )
+        for record in records
+    ]
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(rows, np.int32).reshape(-1, 2))
+    return buffer.getvalue()
 
 
 def write_raw(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -21,8 +21,15 @@ def main() -> int:
     config = _CONFIG.value
     validate(config)
     held_out = read_split(config.data.dir, config.eval.split)
-    stream = make_stream(config.data.dir, "train", seed=config.seed, slice_weights=config.data.slice_weights or None)
-
+    stream = make_stream(
+        config.data.dir,
+        "train",
+        seed=config.seed,
+        slice_weights=config.data.slice_weights or None,
+        curriculum=config.data.curriculum,
+        bucket=config.data.bucket,
+        batch_size=config.data.prompts_per_step,
+    )
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
 
     from srl_jax.train import train  # the accelerator stack, only once everything else is right

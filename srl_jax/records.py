@@ -28,7 +28,7 @@ SCHEMA_VERSION = f"srl-record/1+{ACTION_SCHEMA}"
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
 
 _MAX_RECORD_BYTES = 256 * 1024 * 1024
-_MAX_RECORD_DEPTH = 64
+_MAX_FREE_DEPTH = 60  # of the one field whose shape is free, env_report
 _NORM_TOLERANCE = 1e-3
 _LOGPROB_TOLERANCE = 1e-3  # a forced token's log-softmax may round just above 0
 
@@ -238,7 +238,7 @@ def _encode(kind: str, record: Any) -> bytes:
 def _decode(kind: str, cls: type, data: bytes) -> Any:
     try:
         text = data.decode("utf-8")
-        value = strict_json(text, max_bytes=_MAX_RECORD_BYTES, max_depth=_MAX_RECORD_DEPTH)
+        value = strict_json(text, max_bytes=_MAX_RECORD_BYTES, max_depth=None)
     except (UnicodeDecodeError, TraceError) as error:
         raise CorruptRecord(f"not a record: {error}; the file is damaged, prepare the data again") from error
     if not isinstance(value, dict) or value.keys() != {"kind", "record"}:
@@ -346,12 +346,24 @@ def _plain(value: Any, kind: Any, path: str) -> Any:
     if typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise CorruptRecord(f"{path} must be an object with string keys")
+        if _deeper_than(value, _MAX_FREE_DEPTH):
+            raise CorruptRecord(f"{path} is nested more than {_MAX_FREE_DEPTH} deep")
         return dict(value)
     if type(value) is not kind:  # exact: True is not an int here, nor 1 a float
         raise CorruptRecord(f"{path} is a {type(value).__name__}, must be {kind.__name__}")
     if kind is float and not math.isfinite(value):
         raise CorruptRecord(f"{path} is {value}; must be finite")
     return value
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels + 1):
+        items = [item for part in layer for item in (part.values() if isinstance(part, Mapping) else part)]
+        layer = [item for item in items if isinstance(item, Mapping | list | tuple)]
+        if not layer:
+            return False
+    return True
 
 
 def _array_to_json(value: Any, layout: Layout, path: str, sizes: dict[str, int]) -> Any:
@@ -377,7 +389,7 @@ def _array_from_json(value: Any, layout: Layout, path: str, sizes: dict[str, int
         raise CorruptRecord(f"{path}.shape must be a list of sizes")
     _check_shape(tuple(shape), layout.shape, path, sizes)
     try:
-        raw = base64.b64decode(value["data"], validate=True)
+        raw = binascii.a2b_base64(value["data"], strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise CorruptRecord(f"{path}.data is not base64: {error}") from error
     if len(raw) != math.prod(shape) * wanted.itemsize:
