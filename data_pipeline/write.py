@@ -47,7 +47,7 @@ def commit(partial: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -120,7 +120,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,109 @@
+"""Asks teachers for traces: concurrently, each task once for ever, every word and every cent accounted for.
+
+An answer is stored before it is used, under a key made of the teacher's fingerprint and the very request. A run that
+was killed asks only what it has no answer to; a changed prompt or decoding is another question.
+"""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from data_pipeline.endpoint import EndpointTeacher
+from data_pipeline.errors import DataError
+from data_pipeline.raw_store import RawStore
+from data_pipeline.tasks.rule import Draft
+from data_pipeline.teacher import Answer, NoAnswer, OracleTeacher, Teacher, TeacherMix
+from data_pipeline.teacher_config import load_teacher_config
+
+_FIELDS = {field.name for field in dataclasses.fields(Answer)}
+
+
+class Collector:
+    """A mix of teachers with the store of what they said; a context manager.
+
+    Without a store (free teachers, tests) nothing is kept. `max_cost_usd` counts what this collector spends; reaching
+    it raises DataError, as does a teacher that asking on makes no sense of. All that was answered stays stored.
+    """
+
+    def __init__(self, mix: TeacherMix, store: RawStore | None = None, max_cost_usd: float = 0.0) -> None:
+        self._mix, self._store, self._max_cost = mix, store, max_cost_usd
+        self._spent = 0.0
+        self._exit = ExitStack()
+
+    @property
+    def name(self) -> str:
+        return self._mix.name
+
+    def __enter__(self) -> "Collector":
+        if self._store is not None:
+            self._exit.enter_context(self._store)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def collect(self, drafts: Sequence[Draft]) -> Iterator[Answer | NoAnswer]:
+        """The answer to every draft, in order; `NoAnswer` where a teacher gave none after all attempts."""
+        with ExitStack() as pools:
+            pool_of: dict[str, ThreadPoolExecutor] = {}
+            for teacher in self._mix.teachers:
+                pool = ThreadPoolExecutor(teacher.concurrency)
+                pools.callback(pool.shutdown, wait=True, cancel_futures=True)
+                pool_of[teacher.version] = pool
+            waiting: list[Future[Answer | NoAnswer]] = []
+            for draft in drafts:
+                teacher = self._mix.choose(draft)
+                waiting.append(pool_of[teacher.version].submit(self._ask, teacher, draft))
+            for future in waiting:
+                yield future.result()
+
+    def _ask(self, teacher: Teacher, draft: Draft) -> Answer | NoAnswer:
+        key = hashlib.sha256(f"{teacher.version}\n{draft.task.task_id}\n{teacher.request(draft)}".encode()).hexdigest()
+        stored = self._store.get(key) if self._store is not None else None
+        if stored is not None:
+            return Answer(**{name: value for name, value in stored.items() if name in _FIELDS})
+        if self._max_cost and self._spent >= self._max_cost:
+            raise DataError(
+                f"max_cost_usd {self._max_cost:g} is spent; what was answered is kept, raise it and run again"
+            )
+        line = {"task_id": draft.task.task_id, "slice": draft.task.slice}
+        try:
+            answer = teacher.answer(draft)
+        except NoAnswer as failure:
+            self._spent += failure.cost_usd
+            if self._store is not None:
+                self._store.add(key, {**line, "teacher": teacher.name, **vars(failure)}, failed=True)
+            return failure
+        self._spent += answer.cost_usd
+        if self._store is not None:
+            self._store.add(key, {**line, **dataclasses.asdict(answer)})
+        return answer
+
+
+def open_collector(config_path: Path | None, store_folder: Path | None) -> Collector:
+    """The teachers of a YAML file, by default the oracle alone. Paid answers need a folder to be kept in."""
+    if config_path is None:
+        return Collector(TeacherMix([OracleTeacher()], [1.0]), RawStore(store_folder) if store_folder else None)
+    config = load_teacher_config(config_path)
+    teachers = [OracleTeacher() if spec.kind == "oracle" else EndpointTeacher(config, spec) for spec in config.teachers]
+    if store_folder is None:
+        raise DataError("a teacher's answers are kept for ever; give the folder for them with --store")
+    mix = TeacherMix(teachers, [spec.weight for spec in config.teachers], config.seed)
+    return Collector(mix, RawStore(store_folder), config.max_cost_usd)
+
+
+def spending(store: RawStore) -> dict[str, dict[str, float]]:
+    """Per teacher what its answers and failures took: requests, failures, attempts, tokens, US dollars."""
+    totals: dict[str, Counter[str]] = {}
+    numbers = ("attempts", "prompt_tokens", "completion_tokens", "wasted_tokens", "cost_usd")
+    counted: list[tuple[dict[str, object], str]] = [(line, "answers") for line in store.answers()]
+    for line, kind in [*counted, *((line, "failures") for line in store.failures())]:
+        own = totals.setdefault(str(line["teacher"]), Counter())
+        own[kind] += 1
+        for name in numbers:
+            own[name] += line.get(name, 0)
+    return {teacher: dict(sorted(own.items())) for teacher, own in sorted(totals.items())}
