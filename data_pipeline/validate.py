@@ -31,11 +31,15 @@ class Drop(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A checked step: `reason` is None when it is kept, else a `Drop`, with the detail after a colon."""
+    """A checked step: `reason` is None when it is kept, else a `Drop`, with the detail after a colon.
+
+    `quality` is `trace_quality` of a step that got so far.
+    """
 
     reason: str | None
     trace: Trace | None = None
     env_report: dict[str, Any] | None = None
+    quality: float | None = None
 
 
 def stable_report(report: dict[str, Any]) -> dict[str, Any]:

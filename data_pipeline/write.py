@@ -115,6 +115,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     _sync_file(path)
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Puts a file with `data` in the place of `path`, at once or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_bytes(temporary, data)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy that is on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    _sync_file(target)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
