@@ -21,6 +21,7 @@ from data_pipeline.offers import generated_drafts, quotas, real_candidates
 from data_pipeline.quality import THRESHOLD, trace_quality
 from data_pipeline.splits import SPLITS, split_rules
 from data_pipeline.tasks.catalogue import CATALOGUE
+from data_pipeline.tasks.generated import RUNNERS
 from data_pipeline.tasks.real import default_roots, real_draft, source_files
 from data_pipeline.tasks.rule import Draft, Rule
 from data_pipeline.teacher import OracleTeacher, Teacher
@@ -37,7 +38,6 @@ from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 OFFERED = 5
 # The sandbox may be killed from outside, which says nothing about the step.
 ATTEMPTS = 3
-_RUNNERS = {"python": "unittest", "javascript": "node"}
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -75,7 +75,7 @@ class Run:
 
     def __init__(self, config: DataSetConfig, sandbox: Sandbox, teacher: Teacher, progress: Progress) -> None:
         self.config, self.sandbox, self.teacher, self.progress = config, sandbox, teacher, progress
-        self.languages = [language for language in config.languages if _RUNNERS[language] in sandbox.runners]
+        self.languages = [name for name in config.languages if RUNNERS.get(name, "unittest") in sandbox.runners]
         self.rejections = Rejections()
         self.raw: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._seen: set[tuple[str, ...]] = set()

@@ -43,7 +43,8 @@ class Scene:
 
     The first source is the one to rewrite and the one the prompt shows. `tests` fail before the rewrite, pass
     after it, and fail after `overbroad`, a (pattern, replacement) that takes the neighbouring call along
-    ("" when the rule has no plausible wider pattern).
+    ("" when the rule has no plausible wider pattern). Without `tests` only the expected files decide: what
+    differs in types alone cannot be executed.
     """
 
     sources: Mapping[str, str]
