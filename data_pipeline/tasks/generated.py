@@ -51,13 +51,14 @@ def generate(rule: Rule, index: int, seed: int, max_excerpt: int) -> Draft:
         files=(*before, *tests),
         context=(SourceFile(before[0].path, shown),),
         prior_state=draw_prior(rng, before[0].path),
-        tests=_spec(rule.language, tests) if tests else None,
+        tests=test_spec(rule.language, tests) if tests else None,
         expected=tuple(expected),
     )
     return Draft(task, rule, names, fill(rng.choice(rule.think), names), fill(rule.keep, names))
 
 
-def _spec(language: str, tests: Sequence[SourceFile]) -> TestSpec:
+def test_spec(language: str, tests: Sequence[SourceFile]) -> TestSpec:
+    """What must pass: every test in these files."""
     return TestSpec(
         runner=RUNNERS[language],
         expected_ids=tuple(test_id for test in tests for test_id in _test_ids(language, test)),

@@ -1,11 +1,13 @@
 """Java rules that rename a call or change its arguments."""
 
+from typing import Any
+
 from data_pipeline.tasks.rule import Rule, Scene
 from data_pipeline.tasks.scenes import java_scene
 
 
 def _two_libraries(
-    old: str, new: str, kept_call: str, lib: str, other: str, overbroad: tuple[str, str], **bodies: str
+    old: str, new: str, kept_call: str, lib: str, other: str, overbroad: tuple[str, str], **more: Any
 ) -> Scene:
     """A class that calls «Lib» (to rewrite) and «Other» (to keep); `lib` and `other` are members of those classes."""
     return java_scene(
@@ -26,7 +28,7 @@ def _two_libraries(
             "«Other».java": f" class «Other» {{\n     {other}\n }}\n",
         },
         overbroad=overbroad,
-        **bodies,
+        **more,
     )
 
 
@@ -59,6 +61,7 @@ RULES = (
                 ("$M.«verb»«Noun»($$$ARGS)", "$M.«verb2»«Noun»($$$ARGS)"),
                 renamed="assert «Mod».half(«n») == «n»;",
                 kept="assert «Mod».run(4) == 1000 * («n» + 4) + 4;",
+                stands_before=False,
             ),
         ),
     ),
@@ -101,6 +104,7 @@ RULES = (
                 renamed="assert «Mod».run(new «Lib»(), new «Lib»()) == «n2»;",
                 kept="assert «Mod».«verb»«Noun»(3) == -3;",
                 overbroad=("«verb»«Noun»($$$ARGS)", "new «Lib»().«verb2»«Noun»($$$ARGS)"),
+                stands_before=False,
             ),
         ),
     ),
@@ -143,6 +147,7 @@ RULES = (
                 },
                 renamed="assert «Mod».run(2) == 2 * «n» - 2;",
                 overbroad=("new $C($$$ARGS)", "new «Noun»Loader($$$ARGS)"),
+                stands_before=False,
             ),
         ),
     ),
@@ -184,6 +189,7 @@ RULES = (
                 },
                 made="assert «Mod».run(1) == 1 + «n» + «n2»;",
                 overbroad=("new $C($$$ARGS)", "$C.of($$$ARGS)"),
+                stands_before=False,
             ),
         ),
     ),
@@ -215,6 +221,7 @@ RULES = (
                 ("«Lib».«verb»($X, $$$REST)", "«Lib».«verb»($X, «n»)"),
                 added="assert «Mod».half(2) == «n»;",
                 kept="assert «Mod».run(3) == 3000 * «n» + 3;",
+                stands_before=False,
             ),
         ),
     ),
@@ -277,6 +284,7 @@ RULES = (
                 ("$M.«verb»($X, $Y)", "$M.«verb»($X)"),
                 dropped="assert «Mod».half(«n2») == «n2»;",
                 kept="assert «Mod».run(3) == 1000 * (3 + «n2») + 5;",
+                stands_before=False,
             ),
         ),
     ),
@@ -308,6 +316,7 @@ RULES = (
                 ("$M.«verb»($X)", "$M.«verb»(new Key($X))"),
                 wrapped="assert «Mod».half(«n») == «n»;",
                 kept="assert «Mod».run(2) == 1000 * (2 + «n») + 2;",
+                stands_before=False,
             ),
         ),
     ),

@@ -67,6 +67,7 @@ def java_scene(
     overbroad: tuple[str, str] | tuple[()] = (),
     others: dict[str, str] | None = None,
     setup: str = "",
+    stands_before: bool = True,
     **bodies: str,
 ) -> Scene:
     """A scene of the class «Mod» with the diff body `members`; `setup` are members of its test class.
@@ -76,7 +77,7 @@ def java_scene(
     head = "".join(f" {line}\n" for line in imports.split("\n") if line) + (" \n" if imports else "")
     source = f"{head} class «Mod» {{\n" + members.strip("\n") + "\n }\n"
     tests = {"«Mod»Test.java": java_test_file("«Mod»Test", imports, setup, **bodies)}
-    return Scene({"«Mod».java": source, **(others or {})}, tests, overbroad)
+    return Scene({"«Mod».java": source, **(others or {})}, tests, overbroad, stands_before)
 
 
 def typescript_scene(source: str, *, overbroad: tuple[str, str], others: dict[str, str] | None = None) -> Scene:
