@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The random small model borrows a real tokenizer, because the grammar, prompts and traces are real.
+RANDOM_TINY, TINY_TOKENIZER = "random:tiny", "smollm2-135m-instruct"
 MANIFEST = Path(__file__).resolve().parents[1] / "third_party" / "manifest.toml"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -68,6 +70,15 @@ def fetch(name: str) -> Path:
             ) from error
     _verify(asset, folder)
     return folder / asset.entry
+
+
+def model_path(source: str) -> Path:
+    """Where a model lies that is given as `asset:<name>`, a directory or a file; for `random:tiny`, its tokenizer."""
+    if source == RANDOM_TINY:
+        return fetch(TINY_TOKENIZER)
+    if source.startswith("asset:"):
+        return fetch(source.removeprefix("asset:"))
+    return Path(source).expanduser()
 
 
 def cache_dir() -> Path:

@@ -35,10 +35,11 @@ def user_errors() -> tuple[type[Exception], ...]:
     from srl_jax.model.hf import BadWeights
     from srl_jax.report import ReportError
     from srl_jax.rollout import PromptTooLong
+    from srl_jax.sandbox.wire import RemoteError
     from srl_jax.sharding import BadMesh
 
     model = (UnsupportedModel, BadWeights, ExportError, DoesNotFit, BadMesh)
-    return (*host, *model, CheckpointError, ReportError, PromptTooLong, NothingToEvaluate)
+    return (*host, *model, CheckpointError, ReportError, PromptTooLong, NothingToEvaluate, RemoteError)
 
 
 def run(main: Callable[[], int | None], *extra_errors: type[Exception], section: type = TrainConfig) -> None:

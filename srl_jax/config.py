@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from srl_jax.rewards import RewardConfig
+from srl_jax.sandbox.isolation import Limits
+from srl_jax.sandbox.runner import SandboxConfig
 
 
 class ConfigError(ValueError):
@@ -133,6 +135,7 @@ class RewardSettings(Section):
     brevity_ratio: float = number(1.5, above=0)
     state_match: str = choice("exact", "soft")
     execution: float = number(0.0, at_least=0)  # weight of the sandbox's verdict; 0 leaves rewards unexecuted
+    match_gate: float = number(0.0, at_least=0, at_most=1)  # match-set F1 that earns the action's part in full; 0: off
 
     def build(self) -> RewardConfig:
         """The immutable form the reward functions take."""
@@ -186,6 +189,12 @@ class SandboxSettings(Section):
 
     workers: int = number(2, at_least=1)
     wall_seconds: float = number(10.0, above=0)  # per action or test run
+    server: str = ""  # URL of a launch/reward_server.py that scores and executes instead of this machine
+
+    def build(self) -> SandboxConfig:
+        """What a sandbox of these settings is opened with."""
+        limits = Limits(wall_s=self.wall_seconds, cpu_s=math.ceil(self.wall_seconds))
+        return SandboxConfig(self.workers, engine_limits=limits, test_limits=limits)
 
 
 @dataclasses.dataclass

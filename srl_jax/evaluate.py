@@ -22,7 +22,7 @@ from srl_jax.records import TeacherRecord
 from srl_jax.report import load_evaluation, write_report
 from srl_jax.rollout import executable, sample_groups
 from srl_jax.run import Run
-from srl_jax.sandbox.service import RewardService
+from srl_jax.sandbox.service import ScoresCompletions
 from srl_jax.student import Student
 from srl_jax.train_step import StepSettings
 
@@ -85,7 +85,7 @@ def evaluate(
     student: Student,
     lora: dict | None,
     records: Sequence[TeacherRecord],
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
     *,
     name: str,

@@ -24,7 +24,7 @@ import numpy as np
 from srl_jax.trace import ACTION_SCHEMA, LANGUAGES, StateUpdate, TraceError, parse_trace, render_trace, strict_json
 
 # A changed action schema changes what a stored trace means, so it is part of the record's version.
-SCHEMA_VERSION = f"srl-record/1+{ACTION_SCHEMA}"
+SCHEMA_VERSION = f"srl-record/2+{ACTION_SCHEMA}"
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
 
 _MAX_RECORD_BYTES = 256 * 1024 * 1024
@@ -65,11 +65,22 @@ class TestSpec:
 
 
 @dataclass(frozen=True)
+class EpisodeStep:
+    """Where a task stands in a longer episode: `step` of `steps`, counted from 1."""
+
+    episode_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Task:
     """One step to solve.
 
     `files` is the whole small repository including tests, `context` the excerpts shown in the prompt, `expected` the
     changed files after the right edit. `slice` is what balances and splits reports (a language, or synthetic).
+    In an episode `files` are what the step before left and `prior_state` is the state it ended with; a task of its own
+    has no `episode`.
     """
 
     task_id: str
@@ -78,12 +89,13 @@ class Task:
     slice: str
     rule: str
     difficulty: int
-    source: Literal["generated", "real"]
+    source: Literal["generated", "real", "user"]
     files: tuple[SourceFile, ...]
     context: tuple[SourceFile, ...]
     prior_state: StateUpdate
     tests: TestSpec | None
     expected: tuple[SourceFile, ...]
+    episode: EpisodeStep | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +206,8 @@ def _check_teacher_record(record: TeacherRecord) -> None:
         raise CorruptRecord(f"task.language is {task.language!r}; must be one of {', '.join(LANGUAGES)}")
     if task.difficulty < 1:
         raise CorruptRecord(f"task.difficulty is {task.difficulty}; must be 1 or more")
+    if task.episode is not None and not 1 <= task.episode.step <= task.episode.steps:
+        raise CorruptRecord(f"task.episode.step is {task.episode.step}; must lie in 1 .. {task.episode.steps}")
     if not 0 <= record.trace_quality <= 1:
         raise CorruptRecord(f"trace_quality is {record.trace_quality}; must lie in [0, 1]")
     norm = float(np.linalg.norm(np.asarray(record.think_embedding, np.float64)))  # float32 squares overflow

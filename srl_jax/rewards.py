@@ -42,6 +42,7 @@ class RewardConfig:
     brevity_ratio: float = 1.5
     state_match: str = "exact"  # or "soft"
     execution: float = 0.0
+    match_gate: float = 0.0  # match-set F1 from which the action counts in full; below, in proportion; 0: not looked at
 
     def __post_init__(self) -> None:
         not_negative = {
@@ -50,6 +51,7 @@ class RewardConfig:
             "think_weight": self.think_weight,
             "brevity_penalty": self.brevity_penalty,
             "execution": self.execution,
+            "match_gate": self.match_gate,
         }
         positive = {"clip_high": self.clip_high, "brevity_ratio": self.brevity_ratio}
         not_positive = {"malformed": self.malformed, "clip_low": self.clip_low}
@@ -67,8 +69,15 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {value}; must be 0 or less, below any well-formed trace")
         if self.action_weight + self.state_weight + self.think_weight <= 0:
             raise ValueError("reward.action_weight, state_weight and think_weight are all 0; one must be more")
+        if self.match_gate > 1:
+            raise ValueError(f"reward.match_gate is {self.match_gate}; must be at most 1, the F1 of a perfect match")
         if self.state_match not in ("exact", "soft"):
             raise ValueError(f"reward.state_match is {self.state_match!r}; must be 'exact' or 'soft'")
+
+    @property
+    def needs_execution(self) -> bool:
+        """Whether the total depends on what the action does, beside what it says."""
+        return self.execution > 0 or self.match_gate > 0
 
 
 DEFAULT_CONFIG = RewardConfig()
@@ -157,12 +166,19 @@ def combine(
     config: RewardConfig = DEFAULT_CONFIG,
     *,
     executed: bool | None = None,
+    match_f1: float | None = None,
 ) -> float:
     """R of a well-formed trace: the weighted sum of its parts, clipped to the configured range.
 
-    With `config.execution` above 0 the sandbox's verdict `executed` adds that much when it is True; a missing
-    verdict then raises `ValueError`, because rewards with and without it must not meet in one group.
+    With `config.execution` above 0 the sandbox's verdict `executed` adds that much when it is True. With
+    `config.match_gate` above 0 the action's part is scaled by min(1, match_f1 / gate), so that a pattern that matches
+    other places than the teacher's is not paid for looking like it. What is missing then raises `ValueError`, because
+    rewards with and without it must not meet in one group.
     """
+    if config.match_gate > 0:
+        if match_f1 is None:
+            raise ValueError("reward.match_gate is above 0 but no match-set F1 was given; execute the action first")
+        action *= min(1.0, match_f1 / config.match_gate)
     total = config.action_weight * action + config.state_weight * state + config.think_weight * think
     if config.execution > 0:
         if executed is None:
@@ -180,12 +196,14 @@ def score_trace(
     teacher_tokens: int,
     config: RewardConfig = DEFAULT_CONFIG,
     executed: bool | Callable[[Action], bool] | None = None,
+    match_f1: float | None = None,
 ) -> Reward:
     """Scores a completion against its teacher's trace. Malformed text is a score, not an error.
 
     `cosine` (of the think embeddings, in [-1, 1]), `student_tokens` (length of the student's think) and `executed`
     may be values or functions of the parsed student's think text or action, called only when they matter: the
     cosine is not asked for when the texts are equal (then it is exactly 1) or when length alone has cost it all.
+    `Reward.action` is the likeness before `match_gate`, `Reward.total` after it.
     """
     try:
         student = parse_trace(text)
@@ -205,7 +223,7 @@ def score_trace(
     verdict = None
     if config.execution > 0:
         verdict = executed(student.action) if callable(executed) else executed
-    total = combine(action, state, think, config, executed=verdict)
+    total = combine(action, state, think, config, executed=verdict, match_f1=match_f1)
     return Reward(total, action, state, think, brevity)
 
 

@@ -17,7 +17,7 @@ from srl_jax.config import TrainConfig
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import RewardService, Score, ScoreRequest
+from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.train_step import StepSettings, TrainBatch, reference_logprobs
@@ -148,7 +148,7 @@ def sample_groups(
     records: list[TeacherRecord],
     prompts: list[list[int]],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     *,
     group_size: int,
     prompt_width: int,
@@ -206,7 +206,7 @@ def collect_rollouts(
     lora: dict,
     records: Iterator[TeacherRecord],
     key: jax.Array,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
     settings: StepSettings,
 ) -> tuple[TrainBatch, dict[str, float], Groups]:

@@ -1,7 +1,6 @@
 """A run: its student, services, state and directory, opened the same way by training and by evaluation."""
 
 import dataclasses
-import math
 import os
 import platform
 import time
@@ -17,12 +16,12 @@ from jax.sharding import NamedSharding
 
 from srl_jax import rewards
 from srl_jax.checkpoint import Checkpointer, CheckpointMeta
-from srl_jax.config import TrainConfig, config_hash, validate
+from srl_jax.config import ConfigError, TrainConfig, config_hash, validate
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION
-from srl_jax.sandbox.isolation import Limits
-from srl_jax.sandbox.runner import Sandbox, SandboxConfig
-from srl_jax.sandbox.service import RewardService
+from srl_jax.sandbox.runner import Sandbox
+from srl_jax.sandbox.service import RewardService, ScoresCompletions
+from srl_jax.sandbox.wire import Contract
 from srl_jax.sharding import make_mesh, replicated
 from srl_jax.student import Student, load_student
 from srl_jax.train_step import TrainState, make_optimizer
@@ -56,20 +55,17 @@ class Run:
         config = self.config
         with ExitStack() as stack:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+            # Before the student is loaded, which takes longest: a sandbox that is refused.
             sandbox = None
-            if config.eval.execute or config.reward.execution > 0:
-                seconds = config.sandbox.wall_seconds
-                limits = Limits(wall_s=seconds, cpu_s=math.ceil(seconds))
-                sandbox = stack.enter_context(
-                    Sandbox(SandboxConfig(config.sandbox.workers, engine_limits=limits, test_limits=limits))
-                )
-            self.runners = sandbox.runners if sandbox else None
+            reward = config.reward.build()
+            if not config.sandbox.server and (config.eval.execute or reward.needs_execution):
+                sandbox = stack.enter_context(Sandbox(config.sandbox.build()))
             self.student: Student = load_student(config, mesh)
-            embedder, reward = load_embedder(), config.reward.build()
-            count = lambda text: len(self.student.tokenizer.encode_text(text))
-            executing = sandbox if config.reward.execution > 0 else None
-            self.rewards = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=executing))
-            self.judge = stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=sandbox))
+            self.runners: frozenset[str] | None
+            if config.sandbox.server:
+                self._open_remote(stack, reward)
+            else:
+                self._open_local(stack, reward, sandbox)
             self.optimizer: optax.GradientTransformation
             self.optimizer, self.rates = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
             lora = self.student.fresh_lora(config.seed)
@@ -91,6 +87,35 @@ class Run:
             )
             self._stack = stack.pop_all()
         return self
+
+    def _open_local(self, stack: ExitStack, reward: rewards.RewardConfig, sandbox: Sandbox | None) -> None:
+        embedder = load_embedder()
+        count = lambda text: len(self.student.tokenizer.encode_text(text))
+        executing = sandbox if reward.needs_execution else None
+        self.runners = sandbox.runners if sandbox else None
+        self.rewards: ScoresCompletions = stack.enter_context(
+            RewardService(embedder, count, reward=reward, sandbox=executing)
+        )
+        self.judge: ScoresCompletions = stack.enter_context(
+            RewardService(embedder, count, reward=reward, sandbox=sandbox)
+        )
+
+    def _open_remote(self, stack: ExitStack, reward: rewards.RewardConfig) -> None:
+        """The same on the reward server that the configuration names; raises RemoteError when it refuses."""
+        url = self.config.sandbox.server
+        try:
+            from srl_jax.sandbox.client import TOKEN_VARIABLE, RemoteRewardService
+        except ModuleNotFoundError as error:
+            raise ConfigError("sandbox.server", url, f"{error}; pip install 'srl_jax[server]'") from error
+        executes = self.config.eval.execute or reward.needs_execution
+        token = os.environ.get(TOKEN_VARIABLE)
+        if not token:
+            raise ConfigError("sandbox.server", url, f"needs the token in ${TOKEN_VARIABLE}")
+        contract = Contract(self.student.tokenizer.fingerprint, reward)
+        self.rewards = stack.enter_context(RemoteRewardService(url, token, contract))
+        self.judge = stack.enter_context(RemoteRewardService(url, token, contract, execute=executes))
+        runners = self.judge.connect()
+        self.runners = runners if executes else None
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()

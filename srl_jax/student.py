@@ -20,9 +20,6 @@ from srl_jax.model.decoder import Decoder, init_lora, merge_lora
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 
-# The tokenizer of the random small model: real, because the grammar, prompts and traces are.
-RANDOM_TINY, TINY_TOKENIZER = "random:tiny", "smollm2-135m-instruct"
-
 
 @dataclasses.dataclass(frozen=True)
 class Student:
@@ -58,13 +55,6 @@ class Student:
 
 
 _merge = jax.jit(merge_lora, static_argnames=("scale",))
-
-
-def resolve_source(source: str) -> Path:
-    """Path of a model given as `asset:<name>`, a directory or a file."""
-    if source.startswith("asset:"):
-        return assets.fetch(source.removeprefix("asset:"))
-    return Path(source).expanduser()
 
 
 def load_student(config: TrainConfig, mesh: Mesh) -> Student:
@@ -106,10 +96,10 @@ def _at(tree: dict, leaf: tuple[str, ...]):
 def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, dict[int, Sequence[int]], Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
-    random_tiny = source == RANDOM_TINY
+    random_tiny = source == assets.RANDOM_TINY
     if source.startswith("random:") and not random_tiny:
-        raise ConfigError("model.source", source, f"the only random model is {RANDOM_TINY!r}")
-    path = assets.fetch(TINY_TOKENIZER) if random_tiny else resolve_source(source)
+        raise ConfigError("model.source", source, f"the only random model is {assets.RANDOM_TINY!r}")
+    path = assets.model_path(source)
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)

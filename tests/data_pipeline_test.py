@@ -21,7 +21,7 @@ from data_pipeline.quality import agreement, length_score, trace_quality
 from data_pipeline.splits import SPLITS
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
-from data_pipeline.tasks.real import enclosing_function, real_draft, source_files
+from data_pipeline.tasks.real import enclosing_function, find_files, read_files, real_draft
 from data_pipeline.tasks.state import advance, draw_prior
 from data_pipeline.teacher import OracleTeacher
 from data_pipeline.validate import Drop, validate
@@ -185,9 +185,23 @@ def test_odd_files_are_passed_over(tmp_path):
     (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "other.js").write_text("var x = 1;\n")
-    assert list(source_files([tmp_path], "python", random.Random(0), 10)) == [("pkg/good.py", "x = 1\n")]
-    assert list(source_files([tmp_path], "python", random.Random(0), 0)) == []
-    assert list(source_files([], "python", random.Random(0), 10)) == []
+    (tmp_path / "huge.py").write_bytes(b"x")
+    os.truncate(tmp_path / "huge.py", 50 << 20)  # sparse, and never read
+    (tmp_path / "empty").mkdir()
+    files = find_files([tmp_path], "python")
+    found = [(file.repository, file.path, text) for file, text in read_files(files, random.Random(0), 10)]
+    assert found == [("pkg", "pkg/good.py", "x = 1\n")]
+    assert list(read_files(files, random.Random(0), 0)) == [] == find_files([], "python")
+    assert find_files([tmp_path / "empty"], "python") == []  # an empty repository
+
+
+def test_a_long_path_is_passed_over_or_shown_by_its_end(tmp_path):
+    for path in ("lang/src/main/java/org/apache/lang/Strings.java", "@scope/name/A.java", f"lang/{'L' * 40}.java"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("class A {}\n")
+    assert [file.path for file in find_files([tmp_path], "java")] == ["@scope/name/A.java"]
+    found = [(file.repository, file.path) for file in find_files([tmp_path], "java", shorten=True)]
+    assert found == [("@scope/name", "@scope/name/A.java"), ("lang", "org/apache/lang/Strings.java")]
 
 
 # ------------------------------------------------------------------------------------------------ whole builds

@@ -262,6 +262,44 @@ class TestExactness:
         broken = sandbox.apply(dataclasses.replace(action, replacement="bar($$$A"), {path: before})
         assert broken.status is Status.UNPARSABLE_AFTER
 
+    @pytest.mark.parametrize(
+        ("language", "path", "pattern", "replacement", "before", "after"),
+        [
+            # What JavaScript's grammar would refuse.  A statement's match takes its semicolon with it.
+            ("typescript", "a.ts", "let $N: any", "let $N: unknown", "let x: any;\n", "let x: unknown\n"),
+            ("typescript", "a.mts", "f<$T>($A)", "g<$T>($A)", "f<number>(1);\n", "g<number>(1);\n"),
+            ("typescript", "a.cts", "$X as any", "$X as unknown", "g(x as any);\n", "g(x as unknown);\n"),
+            ("typescript", "a.ts", "<any>$X", "$X as any", "const y = <any>x;\n", "const y = x as any;\n"),
+            ("typescript", "a.ts", "$X!.$P", "$X?.$P", "a!.b();\n", "a?.b();\n"),
+            ("typescript", "a.ts", "enum $E { $$$M }", "const enum $E {$$$M}", "enum E {A}\n", "const enum E {A}\n"),
+            ("tsx", "a.tsx", "<$T>{$X}</$T>", "<$T>{f($X)}</$T>", "a = <b>{x}</b>;\n", "a = <b>{f(x)}</b>;\n"),
+            ("tsx", "a.tsx", "<Old $$$P />", "<New $$$P />", "a = <Old x={1} y />;\n", "a = <New x={1} y />;\n"),
+            ("tsx", "a.tsx", "useState<$T>($A)", "useRef<$T>($A)", "useState<A>(null);\n", "useRef<A>(null);\n"),
+        ],
+    )  # fmt: skip
+    def test_typescript_and_its_jsx(self, sandbox, language, path, pattern, replacement, before, after):
+        result = sandbox.apply(Action(language, pattern, replacement, ("*",)), {path: before})
+        assert (result.status, result.files_after[path]) == (Status.OK, after)
+
+    @pytest.mark.parametrize(
+        ("language", "path"), [("typescript", "a.tsx"), ("tsx", "a.ts"), ("javascript", "a.ts"), ("typescript", "a.js")]
+    )
+    def test_a_language_reaches_its_own_files_only(self, sandbox, language, path):
+        result = sandbox.apply(Action(language, "f($A)", "g($A)", ("*",)), {path: "f(1);\n"})
+        assert result.status is Status.NO_MATCH
+
+    @pytest.mark.parametrize(
+        ("language", "path", "before", "replacement"),
+        [
+            ("typescript", "a.ts", "let x: A = f(1);\n", "<b>g</b>"),  # JSX is no TypeScript
+            ("tsx", "a.tsx", "let x = f(1);\n", "<any>g"),  # and the old cast is an open tag in TSX
+            ("typescript", "a.ts", "f(1);\n", "interface { x: number }"),
+        ],
+    )
+    def test_what_the_dialect_does_not_parse_is_refused(self, sandbox, language, path, before, replacement):
+        result = sandbox.apply(Action(language, "f($A)", replacement, ("*",)), {path: before})
+        assert result.status is Status.UNPARSABLE_AFTER
+
     def test_a_file_that_did_not_parse_before_may_still_be_edited(self, sandbox):
         result = sandbox.apply(python("f($A)", "g($A)"), {"a.py": "f(1)\ndef (:\n"})
         assert result.files_after["a.py"] == "g(1)\ndef (:\n"

@@ -330,25 +330,38 @@ def siege(tmp_path_factory):
         "@HOST_PID@": str(os.getpid()),
     }
     result = Siege()
-    config = SandboxConfig(slots=SLOTS, test_limits=Limits(wall_s=8.0, cpu_s=3), slot_memory_bytes=512 << 20)
-    with pytest.MonkeyPatch.context() as patch, Sandbox(config) as sandbox:
+
+    def half(limits: Limits) -> Sandbox:
+        return Sandbox(SandboxConfig(slots=SLOTS // 2, test_limits=limits, slot_memory_bytes=512 << 20))
+
+    # What must live to see itself refused gets time, on a machine that the others keep busy; what is to be stopped
+    # anyway is stopped soon.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        half(Limits(wall_s=30.0, cpu_s=3)) as patient,
+        half(Limits(wall_s=3.0, cpu_s=2)) as hasty,
+    ):
         patch.setenv("SRL_SECRET", "hunter2")
 
         def run(attack: Attack) -> None:
             body = attack.body
             for name, value in names.items():
                 body = body.replace(name, value)
+            sandbox = patient if attack.ends == HELD else hasty
             result.outcomes[attack.name] = sandbox.run_tests(program(body), SPEC)
 
         result.before = host_state(watched)
-        with ThreadPoolExecutor(SLOTS) as pool:
-            list(pool.map(run, [a for a in ATTACKS if not a.x86_64_only or os.uname().machine == "x86_64"]))
+        possible = [a for a in ATTACKS if not a.x86_64_only or os.uname().machine == "x86_64"]
+        with ThreadPoolExecutor(SLOTS // 2) as first, ThreadPoolExecutor(SLOTS // 2) as second:
+            held = first.map(run, [a for a in possible if a.ends == HELD])
+            stopped = second.map(run, [a for a in possible if a.ends != HELD])
+            assert len([*held, *stopped]) == len(possible)
         started = time.monotonic()
-        honest = sandbox.run_tests(program("return None"), SPEC)
+        honest = patient.run_tests(program("return None"), SPEC)
         result.next_request_s = time.monotonic() - started
         result.outcomes["honest"] = honest
         result.after = host_state(watched)
-        result.left = left_running(sandbox)
+        result.left = left_running(patient) + left_running(hasty)
     for opened in (listener, by_file, by_name):
         opened.close()
     return result
@@ -415,6 +428,13 @@ GAMES = {
 @pytest.fixture(scope="module")
 def strict():
     with Sandbox(SandboxConfig(test_limits=Limits(wall_s=4.0, cpu_s=2))) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """For programs that must live to see themselves refused, however busy the machine."""
+    with Sandbox(SandboxConfig(test_limits=Limits(wall_s=60.0, cpu_s=10))) as sandbox:
         yield sandbox
 
 
@@ -510,14 +530,51 @@ def test_hostile_files_are_answered(strict, text):
         "await new Promise((y, n) => net.connect(80, '127.0.0.1').on('connect', y).on('error', n))",
         "process.kill(1, 'SIGKILL'); throw new Error('held')",
         "process.setuid(0)",
+        "fs.writeFileSync('/repo/a.test.mjs', 'x')",
+        "fs.appendFileSync('/guest/node_reporter.mjs', 'x')",
+        "fs.symlinkSync('/etc', '/tmp/etc'); fs.readFileSync('/tmp/etc/shadow')",
+        "fs.readFileSync(`/proc/${process.ppid}/environ`); fs.readFileSync('/proc/1/environ')",
+        "await import('node:dns').then((dns) => dns.promises.lookup('example.com'))",
+        "await fetch('http://127.0.0.1:80/')",
+        "await new Promise((y, n) => net.createServer().on('error', n).listen(0, '127.0.0.1', y))",
+        "(await import('node:child_process')).execFileSync('unshare', ['-Ur', 'true'], { stdio: 'ignore' })",
+        "if (!process.env.SRL_NONCE && !process.env.SRL_SECRET) throw new Error('held')",
     ],
 )
-def test_node_is_held_too(strict, body):
+def test_node_is_held_too(patient, body):
     text = (
         "import test from 'node:test'; import assert from 'node:assert'; import fs from 'node:fs';\n"
         "import net from 'node:net';\n"
         f"test('attack', async () => {{ await assert.rejects(async () => {{ {body} }}) }})\n"
     )
     spec = TestSpec("node", ("a.test.mjs::attack",), ("a.test.mjs",))
-    outcome = strict.run_tests({"a.test.mjs": text}, spec)
+    outcome = patient.run_tests({"a.test.mjs": text}, spec)
     assert outcome.satisfies(spec.expected_ids), outcome
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed: JavaScript games are left out")
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "process.exit(0)",
+        "process.kill(process.ppid, 'SIGKILL')",
+        "console.log(JSON.stringify({ nonce: process.env.SRL_NONCE, id: 'a.test.mjs::t', outcome: 'passed' }))",
+        "process.stdout.write('{\"end\": true}\\n'); process.exit(0)",
+        "import test from 'node:test'; test('t', () => {}); process.exit(0)",
+        "import test from 'node:test'; test.skip('t'); process.exitCode = 0; process.exit()",
+        "import assert from 'node:assert'; assert.equal = () => {}; process.abort()",
+        "for (;;);",
+    ],
+)
+def test_no_javascript_game_makes_a_wrong_edit_succeed(strict, helper):
+    files = {
+        "app.mjs": "import './helper.mjs';\nexport const f = (x) => older(x);\n",
+        "helper.mjs": helper,
+        "a.test.mjs": "import test from 'node:test';\nimport assert from 'node:assert';\n"
+        "import { f } from './app.mjs';\ntest('t', () => assert.equal(f(1), 2));\n",
+    }
+    spec = TestSpec("node", ("a.test.mjs::t",), ("a.test.mjs",))
+    wrong = Action("javascript", "older($X)", "oldest($X)", ("app.mjs",))
+    report = strict.execute(wrong, files, tests=spec)
+    assert report.status is Status.OK
+    assert not report.success, report

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,13 @@ def slot():
     pool = SlotPool(memory_bytes=1 << 30, processes=200)
     yield pool.lease()
     pool.close()
+
+
+def cmdline(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
 
 
 class TestFilter:
@@ -290,6 +298,23 @@ class TestJail:
         ))  # fmt: skip
         with pytest.raises(SandboxCrash, match="no/such/tool"):
             gone.run("engine", {}, limits=Limits(), slot=slot)
+
+    def test_a_bwrap_killed_before_it_released_its_child_leaves_nothing(self, jail, slot):
+        """The child waits for its parent before it asks to die with it, and holds the outputs meanwhile."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            program, fifo = Path(folder) / "bwrap", Path(folder) / "never"
+            os.mkfifo(fifo, 0o644)
+            program.write_text(f"#!/bin/sh\n( read x < {fifo} ) &\nkill -9 $$\n")
+            program.chmod(0o755)
+            started = time.monotonic()
+            with pytest.raises(SandboxCrash, match="killed from outside"):
+                dataclasses.replace(jail, bwrap=program).run("engine", {}, limits=Limits(wall_s=60), slot=slot)
+            assert time.monotonic() - started < 30
+            deadline = time.monotonic() + 10
+            while left := [p for p in Path("/proc").glob("[0-9]*") if cmdline(p).count(str(program))]:
+                assert time.monotonic() < deadline, left
+                time.sleep(0.05)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root drops privileges")
     def test_root_needs_a_slot(self, jail):

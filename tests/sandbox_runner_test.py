@@ -324,6 +324,7 @@ reports = st.builds(
     duration_s=st.floats(0, 99),
     isolation=texts,
     versions=st.dictionaries(texts, texts, max_size=2),
+    places=st.lists(st.tuples(texts, st.integers(0, 9), st.integers(0, 9)), max_size=3).map(tuple),
     version=st.just(ENV_REPORT_VERSION),
 )
 
@@ -343,6 +344,8 @@ class TestEnvReport:
             ({"tests_passed": [1]}, "tests_passed"),
             ({"extra": 1}, "extra"),
             ({"matches": None}, "matches"),
+            ({"places": [["a.py", 0]]}, "places"),
+            ({"places": [["a.py", 0, True]]}, "places"),
         ],
     )
     def test_foreign_data_is_refused_by_field(self, change, message):

@@ -18,7 +18,7 @@ import pytest
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION, SourceFile, Task, TeacherRecord, TestSpec, Versions
 from srl_jax.rewards import REWARD_VERSION, RewardConfig
-from srl_jax.sandbox import EnvReport, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, Status
+from srl_jax.sandbox import EngineResult, EnvReport, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, Status
 from srl_jax.sandbox.service import RewardService, Score, ScoreRequest, ServiceConfig, execution_key
 from srl_jax.trace import Action, Rejection, StateUpdate, Trace, render_trace
 
@@ -113,6 +113,9 @@ class FakeSandbox:
             self.calls += 1
             call = self.calls
         return self.answer(call)
+
+    def apply(self, action, files, *, protected):
+        return EngineResult(Status.OK, files, places=frozenset({("app.py", 0, 1)}))
 
 
 @pytest.fixture
@@ -274,7 +277,7 @@ class TestCache:
             items = [ScoreRequest(completion(think=f"thought {i}"), record) for i in range(6)]
             first = rewards.score(items)
             assert rewards.score(items) == first
-            assert rewards.counts["cached"] == 11
+            assert rewards.counts["cached"] == 22  # eleven executions, eleven looks at the teacher's matches
         assert sandbox.calls == 1
 
     def test_timeouts_and_failures_are_not_remembered(self, record):
@@ -314,6 +317,46 @@ class TestCache:
         assert sandbox.calls == 4
 
 
+class TestMatchF1:
+    """The teacher matches old(x) alone, once; broader patterns match more places."""
+
+    GATED = RewardConfig(match_gate=0.8)
+
+    def scores(self, record, patterns, config):
+        actions = [dataclasses.replace(ACTION, pattern=p, replacement=r) for p, r in patterns]
+        with Sandbox(SandboxConfig(slots=2)) as sandbox, service(sandbox, config) as rewards:
+            return rewards.score([ScoreRequest(completion(action=a), record) for a in actions] + [
+                ScoreRequest("malformed", record)
+            ])  # fmt: skip
+
+    def test_is_reported_and_gates_the_action_part(self):
+        more = SourceFile("app.py", FILES[0].text + "\n\ndef g(x):\n    return id(x) + abs(x)\n")
+        record = teacher_record(WordEmbedder(), files=(more, FILES[1]), expected=(), tests=None)
+        patterns = [("old($X)", "new($X)"), ("old(x)", "new(x)"), ("$F($X)", "new($X)"), ("gone($X)", "new($X)")]
+        free = self.scores(record, patterns, RewardConfig())
+        gated = self.scores(record, patterns, self.GATED)
+        broad = 2 * 1 / (1 + 3)  # `$F($X)` matches the teacher's one place and two others
+        assert [score.match_f1 for score in free] == pytest.approx([1.0, 1.0, broad, 0.0, None])
+        assert [score.match_f1 for score in gated] == [score.match_f1 for score in free]
+        for one, other, factor in zip(free[:4], gated[:4], (1, 1, broad / 0.8, 0), strict=True):
+            assert other.reward.action == one.reward.action
+            lost = 0.5 * one.reward.action * (1 - factor)
+            assert other.reward.total == pytest.approx(one.reward.total - lost)
+        assert gated[4].reward.total == -0.2
+
+    def test_a_gate_needs_a_sandbox(self):
+        with pytest.raises(ValueError, match="match_gate"):
+            service(reward=self.GATED)
+
+    def test_a_teacher_that_times_out_leaves_the_item_unscored(self, record):
+        slow = FakeSandbox(lambda call: report())
+        slow.apply = lambda action, files, protected: EngineResult(Status.TIMEOUT, files)
+        with service(slow, self.GATED, retries=1) as rewards:
+            score = rewards.score([ScoreRequest(completion(), record)])[0]
+        assert score.reward is None
+        assert "teacher" in score.unscored
+
+
 class TestRealExecution:
     def test_right_wrong_and_malformed(self, record):
         wrong = dataclasses.replace(ACTION, replacement="newer($X)")
@@ -333,9 +376,10 @@ class TestRealExecution:
         killed = []
 
         def reaper():
-            # Every bwrap of this process, and its namespace's init, at random moments.
+            # Every bwrap of this process, and its namespace's init, at random moments; fewer than the retries of one
+            # item, so that however slow the machine is, nothing runs out of them.
             dice = random.Random(0)
-            while not stop.wait(dice.uniform(0.1, 0.5)):
+            while len(killed) < 12 and not stop.wait(dice.uniform(0.1, 0.5)):
                 ours = [pid for pid in descendants(os.getpid()) if comm(pid).startswith(("bwrap", "python"))]
                 if ours:
                     with contextlib.suppress(ProcessLookupError):

@@ -266,6 +266,8 @@ def _converse(
         selector.register(process.stdin, selectors.EVENT_WRITE)
         reading = 2
         while reading:
+            if (code := process.poll()) is not None and code < 0:
+                break  # bwrap was killed, and a child that it had not started yet may hold the outputs open for ever
             left = deadline - time.monotonic()
             if left <= 0:
                 ended = "timeout"
@@ -273,7 +275,7 @@ def _converse(
             if watched is not None and init.uses_more_than(watched):
                 ended = "memory_limit"
                 break
-            for key, _ in selector.select(left if watched is None else min(left, _WATCH_S)):
+            for key, _ in selector.select(min(left, _WATCH_S)):
                 if key.fileobj is process.stdin:
                     try:
                         pending = pending[os.write(process.stdin.fileno(), pending[: 1 << 16]) :]
@@ -306,6 +308,8 @@ def _end(process: subprocess.Popen[bytes], init: _Init) -> None:
     killed, and then bwrap waited for.  Killing bwrap first would leave nobody to wait for.
     """
     if process.poll() is not None:
+        if process.returncode < 0:
+            _kill_unstarted(process)
         return
     if init.pid:
         with contextlib.suppress(ProcessLookupError):
@@ -317,6 +321,20 @@ def _end(process: subprocess.Popen[bytes], init: _Init) -> None:
     except subprocess.TimeoutExpired as error:
         process.kill()
         raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s") from error
+
+
+def _kill_unstarted(process: subprocess.Popen[bytes]) -> None:
+    """Kill the child that a killed bwrap had made and not yet released.
+
+    It waits for its parent before it asks to die with it, so it would wait for ever.  It is known by holding the
+    writing end of this run's stdout, which no other process named bwrap does.
+    """
+    assert process.stdout
+    pipe = f"pipe:[{os.fstat(process.stdout.fileno()).st_ino}]"
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look into
+            if (folder / "comm").read_text() == "bwrap\n" and str((folder / "fd" / "1").readlink()) == pipe:
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 class _Init:

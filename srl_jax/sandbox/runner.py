@@ -32,7 +32,7 @@ from srl_jax.sandbox.globs import is_relative_path
 from srl_jax.sandbox.isolation import Jail, Limits, SandboxUnavailable, Slot, SlotPool, open_jail
 from srl_jax.trace import Action
 
-ENV_REPORT_VERSION = "srl-env-report/1"
+ENV_REPORT_VERSION = "srl-env-report/2"
 
 # Files that decide what a test run means, whatever the task says: version control, and configuration of runners.
 PROTECTED = (
@@ -42,11 +42,13 @@ PROTECTED = (
     "**/package.json", "**/package-lock.json", "**/*.config.js", "**/*.config.mjs", "**/*.config.cjs", "**/*.config.ts",
 )  # fmt: skip
 
-_TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs")}
+_TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs"), "java": (".java",)}
+
+_COMPANIONS = {"node": "node_reporter.mjs", "java": "RunJava.java"}  # of guest/run_tests.py
 
 
 class RunnerUnavailable(SandboxUnavailable):
-    """The machine lacks the program a test runner needs (Node, pytest); other runners are unaffected."""
+    """The machine lacks the program a test runner needs (Node, pytest, a JDK); other runners are unaffected."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class TestOutcome:
 class EnvReport:
     """What executing an action did.  `to_dict` is plain JSON data; `from_dict` reads this version only.
 
-    `tests` is "not_run" or the TestOutcome's `ended`; `expected_diff` is None when nothing was expected.
+    `tests` is "not_run" or the TestOutcome's `ended`; `expected_diff` is None when nothing was expected; `places` are
+    the (path, start, end) byte ranges that matched, in order.
     """
 
     success: bool
@@ -105,13 +108,17 @@ class EnvReport:
     duration_s: float
     isolation: str
     versions: dict[str, str] = field(default_factory=dict)
+    places: tuple[tuple[str, int, int], ...] = ()
     version: str = ENV_REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and one dict."""
         plain = dataclasses.asdict(self)
         plain.update(
-            status=self.status.value, tests_passed=list(self.tests_passed), tests_failed=list(self.tests_failed)
+            status=self.status.value,
+            tests_passed=list(self.tests_passed),
+            tests_failed=list(self.tests_failed),
+            places=[list(place) for place in self.places],
         )
         return plain
 
@@ -123,7 +130,8 @@ class EnvReport:
         types: dict[str, type | tuple[type, ...]] = {
             "success": bool, "status": str, "detail": str, "diff": str, "matches": int, "overlaps": int, "tests": str,
             "tests_passed": list, "tests_failed": list, "test_output": str, "expected_diff": (bool, type(None)),
-            "duration_s": (int, float), "isolation": str, "versions": dict, "version": str,
+            "duration_s": (int, float), "isolation": str, "versions": dict, "places": list,
+            "version": str,
         }  # fmt: skip
         if odd := set(types) ^ set(value):
             raise ValueError(f"env_report: fields missing or unknown: {sorted(odd)}")
@@ -136,6 +144,10 @@ class EnvReport:
             if not all(isinstance(test, str) for test in value[name]):
                 raise ValueError(f"env_report: {name} holds something other than strings")
             fields[name] = tuple(value[name])
+        for place in value["places"]:
+            if not isinstance(place, list) or [type(part) for part in place] != [str, int, int]:
+                raise ValueError("env_report: places holds something other than [path, start, end]")
+        fields["places"] = tuple(tuple(place) for place in value["places"])
         return cls(**fields)
 
 
@@ -146,11 +158,16 @@ def runnable_files(tests: TestSpec) -> tuple[str, ...]:
     found = []
     for path in tests.files:
         name = PurePosixPath(path)
-        if name.suffix in _TEST_SUFFIXES[tests.runner] and ("test" in name.stem or "spec" in name.stem):
+        if name.suffix in _TEST_SUFFIXES[tests.runner] and any(word in name.stem.lower() for word in ("test", "spec")):
             found.append(path)
     if not found:
         raise ValueError(f"tests.files names no {tests.runner} test file (of {list(tests.files)})")
     return tuple(found)
+
+
+def exact_globs(paths: Sequence[str]) -> tuple[str, ...]:
+    """Globs that match these paths only: TestSpec.files are names, in which brackets are literal."""
+    return tuple(path.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for path in paths)
 
 
 class Sandbox:
@@ -197,11 +214,10 @@ class Sandbox:
 
     @property
     def runners(self) -> frozenset[str]:
-        """Test runners this machine can serve; "node" is absent without Node, "pytest" where it is not installed."""
+        """Test runners this machine can serve; "node", "java" and "pytest" are absent where there is none."""
         toolchain = self._jail.toolchain
-        return frozenset(
-            {"unittest"} | ({"node"} if toolchain.node else set()) | ({"pytest"} if toolchain.pytest else set())
-        )
+        optional = {"node": toolchain.node, "java": toolchain.java, "pytest": toolchain.pytest}
+        return frozenset({"unittest"} | {name for name, found in optional.items() if found})
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
@@ -242,9 +258,9 @@ class Sandbox:
             "files": list(selected),
             "wall_s": limits.wall_s * 0.9,  # the guest reports its own timeouts, with what passed so far
             "nonce": secrets.token_hex(16),
-            "programs": {"python": toolchain.python, "node": toolchain.node},
+            "programs": {"python": toolchain.python, "node": toolchain.node, "java": toolchain.java},
         }
-        alongside = ("node_reporter.mjs",) if tests.runner == "node" else (f"run_{tests.runner}.py",)
+        alongside = (_COMPANIONS.get(tests.runner, f"run_{tests.runner}.py"),)
         binds = (toolchain.pytest,) if tests.runner == "pytest" and toolchain.pytest else ()
         with self._slot() as slot:
             done = self._jail.run(
@@ -279,9 +295,7 @@ class Sandbox:
         be unchanged.  The files of `tests` are protected in addition to `protected` and PROTECTED.
         """
         started = time.monotonic()
-        test_paths = tests.files if tests else ()
-        # Names in TestSpec.files are paths, not globs; brackets in them are literal.
-        exact = tuple(path.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for path in test_paths)
+        exact = exact_globs(tests.files) if tests else ()
         result = self.apply(action, files, protected=(*exact, *protected))
         outcome = TestOutcome("not_run")
         matched: bool | None = None
@@ -309,4 +323,5 @@ class Sandbox:
             duration_s=time.monotonic() - started,
             isolation=self.isolation,
             versions=self.versions,
+            places=tuple(sorted(result.places)),
         )

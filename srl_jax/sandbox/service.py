@@ -27,10 +27,10 @@ import numpy as np
 
 from srl_jax.embedding import cosine
 from srl_jax.records import Task, TeacherRecord
-from srl_jax.rewards import DEFAULT_CONFIG, Reward, RewardConfig, score_trace
+from srl_jax.rewards import DEFAULT_CONFIG, Reward, RewardConfig, match_set_f1, score_trace
 from srl_jax.sandbox.engine import Status
 from srl_jax.sandbox.isolation import SandboxCrash, SandboxUnavailable
-from srl_jax.sandbox.runner import EnvReport, Sandbox
+from srl_jax.sandbox.runner import EnvReport, Sandbox, exact_globs
 from srl_jax.trace import Action, Trace, TraceError, parse_trace, render_action
 
 
@@ -53,12 +53,26 @@ class Score:
     """`reward` is None exactly when the completion is unscored, and then `unscored` says why.
 
     `report` is the execution's, or None when the completion is malformed, was not executed, or could not be; in the
-    last case `unscored` says why even when the reward, which did not depend on it, is there.
+    last case `unscored` says why even when the reward, which did not depend on it, is there.  `match_f1` compares the
+    places that the action matched with those that the teacher's matches; None without a report, and where the
+    teacher's matches could not be had (which leaves the completion unscored only when its reward depends on them).
     """
 
     reward: Reward | None
     report: EnvReport | None = None
     unscored: str | None = None
+    match_f1: float | None = None
+
+
+class ScoresCompletions(Protocol):
+    """What training and evaluation ask of a reward service, here or on another machine."""
+
+    @property
+    def counts(self) -> dict[str, int]: ...
+
+    def score(self, items: Sequence[ScoreRequest]) -> list[Score]: ...
+
+    def submit(self, items: Sequence[ScoreRequest]) -> Future[list[Score]]: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class ServiceConfig:
 
 
 _Value = TypeVar("_Value")
+Places = frozenset[tuple[str, int, int]]
 
 
 class _Cache(Generic[_Value]):
@@ -131,12 +146,16 @@ class RewardService:
         sandbox: Sandbox | None = None,
         config: ServiceConfig | None = None,
     ) -> None:
-        if reward.execution > 0 and sandbox is None:
-            raise ValueError(f"reward.execution is {reward.execution} but there is no sandbox to execute in")
+        if reward.needs_execution and sandbox is None:
+            raise ValueError(
+                f"reward.execution is {reward.execution} and reward.match_gate {reward.match_gate}, "
+                "but there is no sandbox to execute in"
+            )
         self.config = config or ServiceConfig()
         self._embedder, self._count_tokens, self._reward, self._sandbox = embedder, count_tokens, reward, sandbox
         self._teachers: _Cache[_Teacher] = _Cache(self.config.cache_entries)
         self._reports: _Cache[Future[EnvReport]] = _Cache(self.config.cache_entries)
+        self._references: _Cache[Future[Places]] = _Cache(self.config.cache_entries)
         self._pending = threading.BoundedSemaphore(self.config.max_pending_batches)
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="reward-batch")
         slots = sandbox.config.slots if sandbox else 1
@@ -160,7 +179,9 @@ class RewardService:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Since the start: requests, malformed, executed, cached, retries, not_executed, unscored."""
+        """Since the start: requests, malformed, executed, cached (executions and teachers' matches that were known),
+        retries, not_executed, unscored.
+        """
         with self._counts_lock:
             return dict(self._counts)
 
@@ -180,17 +201,28 @@ class RewardService:
         deadline = time.monotonic() + self.config.deadline_s
         teachers = [self._teacher(item.record) for item in items]
         students = [_parsed(item.completion) for item in items]
-        # Executions first: they run while this thread embeds and compares.
+        # The teachers' matches before the executions, which may use up the time: they are few, quick and kept.
+        references = [
+            self._start_reference(item.record.task, teacher.trace.action, deadline) if student else None
+            for item, student, teacher in zip(items, students, teachers, strict=True)
+        ]
+        # These run while this thread embeds and compares.
         executions = [
             self._start(student.action, item.record.task, deadline) if student else None
             for item, student in zip(items, students, strict=True)
         ]
         cosines = self._cosines(items, students, teachers)
         scores = []
-        for item, teacher, likeness, execution in zip(items, teachers, cosines, executions, strict=True):
+        for item, teacher, likeness, execution, reference in zip(
+            items, teachers, cosines, executions, references, strict=True
+        ):
             report, trouble = _await(execution, deadline)
+            wanted, reference_trouble = _await(reference, deadline)
+            if self._reward.match_gate > 0:
+                trouble = trouble or reference_trouble
+            f1 = match_set_f1(report.places, wanted) if report is not None and wanted is not None else None
             reward: Reward | None = None
-            if trouble is None or self._reward.execution == 0:
+            if trouble is None or not self._reward.needs_execution:
                 reward = score_trace(
                     item.completion,
                     teacher.trace,
@@ -199,8 +231,9 @@ class RewardService:
                     teacher_tokens=teacher.tokens,
                     config=self._reward,
                     executed=report.success if report else None,
+                    match_f1=f1,
                 )
-            scores.append(Score(reward, report, trouble))
+            scores.append(Score(reward, report, trouble, f1))
         self._count(
             requests=len(items),
             malformed=students.count(None),
@@ -244,44 +277,76 @@ class RewardService:
 
     def _start(self, action: Action, task: Task, deadline: float) -> Future[EnvReport] | None:
         """The execution of this action on this task: under way or done already, or started now."""
-        if self._sandbox is None:
+        if (sandbox := self._sandbox) is None:
             return None
-        key = execution_key(action, task)
+
+        def execute() -> EnvReport:
+            report = sandbox.execute(
+                action,
+                {file.path: file.text for file in task.files},
+                tests=task.tests,
+                expected={file.path: file.text for file in task.expected} or None,
+            )
+            self._count(executed=1)
+            return report
+
+        def passing(report: EnvReport) -> bool:
+            return Status.TIMEOUT in (report.status, report.tests)
+
+        return self._once(self._reports, execution_key(action, task), execute, passing, deadline)
+
+    def _start_reference(self, task: Task, action: Action, deadline: float) -> Future[Places] | None:
+        """The places that the teacher's action matches in the task's files, likewise."""
+        if (sandbox := self._sandbox) is None:
+            return None
+
+        def apply() -> Places:
+            protected = exact_globs(task.tests.files) if task.tests else ()
+            result = sandbox.apply(action, {file.path: file.text for file in task.files}, protected=protected)
+            if result.status is Status.TIMEOUT:
+                raise SandboxCrash(f"the teacher's own action timed out: {result.detail}")
+            return result.places
+
+        return self._once(self._references, execution_key(action, task), apply, lambda places: False, deadline)
+
+    def _once(
+        self,
+        cache: _Cache[Future[_Value]],
+        key: str,
+        work: Callable[[], _Value],
+        passing: Callable[[_Value], bool],
+        deadline: float,
+    ) -> Future[_Value]:
+        """The future of `work` under `key`, from the cache or started now on a slot's thread.
+
+        A result that is `passing` may be owed to the machine's load, a failure to its faults: neither is remembered.
+        """
         with self._start_lock:
-            known = self._reports.get(key)
+            known = cache.get(key)
             if known is not None:
                 self._count(cached=1)
                 return known
-            execution = self._workers.submit(self._execute, self._sandbox, action, task, deadline)
-            self._reports.put(key, execution)
+            started = self._workers.submit(self._retried, work, deadline)
+            cache.put(key, started)
 
-        def settle(done: Future[EnvReport]) -> None:
-            # A timeout may have been the machine's load, a failure its fault: neither is remembered.
-            if done.cancelled() or done.exception() or Status.TIMEOUT in (done.result().status, done.result().tests):
-                self._reports.drop(key)
+        def settle(done: Future[_Value]) -> None:
+            if done.cancelled() or done.exception() or passing(done.result()):
+                cache.drop(key)
 
-        execution.add_done_callback(settle)
-        return execution
+        started.add_done_callback(settle)
+        return started
 
-    def _execute(self, sandbox: Sandbox, action: Action, task: Task, deadline: float) -> EnvReport:
+    def _retried(self, work: Callable[[], _Value], deadline: float) -> _Value:
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
                 raise SandboxCrash("the batch's deadline passed before a slot was free")
             try:
-                report = sandbox.execute(
-                    action,
-                    {file.path: file.text for file in task.files},
-                    tests=task.tests,
-                    expected={file.path: file.text for file in task.expected} or None,
-                )
+                return work()
             except (SandboxCrash, OSError):
                 if attempt == self.config.retries:
                     raise
                 self._count(retries=1)
                 time.sleep(min(1.0, 0.1 * 2**attempt))
-            else:
-                self._count(executed=1)
-                return report
         raise AssertionError("the last attempt returns or raises")
 
 
@@ -303,8 +368,8 @@ def _parsed(text: str) -> Trace | None:
         return None  # score_trace names the rejection
 
 
-def _await(execution: Future[EnvReport] | None, deadline: float) -> tuple[EnvReport | None, str | None]:
-    """(report, None), or (None, why there is none) when the infrastructure or the record is at fault."""
+def _await(execution: Future[_Value] | None, deadline: float) -> tuple[_Value | None, str | None]:
+    """(result, None), or (None, why there is none) when the infrastructure or the record is at fault."""
     if execution is None:
         return None, None
     try:

@@ -47,6 +47,7 @@ class Toolchain:
     python: str
     ast_grep: str
     node: str | None
+    java: str | None
     pytest: Bind | None
     bwrap_candidates: tuple[Path, ...]
     binds: tuple[Bind, ...]
@@ -81,8 +82,13 @@ def find_toolchain() -> Toolchain:
     if node is not None:
         versions["node"] = _version(node)
         binds.append(Bind(_reachable_program(node), Path("/guest/bin/node")))
+    java, java_binds = _find_java()
+    binds += java_binds
+    if java is not None:
+        versions["java"] = _version(Path(java))
     return Toolchain(
         python=python,
+        java=java,
         ast_grep="/guest/bin/ast-grep",
         node="/guest/bin/node" if node is not None else None,
         pytest=pytest,
@@ -139,6 +145,20 @@ def _find_python() -> tuple[str, list[Bind]]:
     parts += [(path, Path("lib") / path.name) for path in sorted((prefix / "lib").glob("libpython*.so*"))]
     # Mounted at the original prefix: run paths and the standard library's own idea of its home stay true.
     return str(prefix / "bin" / name), [Bind(_stage("python", parts), prefix)]
+
+
+def _find_java() -> tuple[str | None, list[Bind]]:
+    """A JDK (a `java` with a `javac` beside it) that the sandbox user can reach, with its binds; None without one."""
+    program = _find_program("java")
+    if program is None or not (program.parent / "javac").exists() or not _others_can_reach(program):
+        return None, []
+    home = program.parent.parent
+    binds = [] if home.is_relative_to("/usr") else [Bind(home, home)]
+    # Debian keeps a JDK's settings in /etc and links to them from its conf folder.
+    outside = {path.resolve().parent for path in (home / "conf").rglob("*") if path.is_symlink() and path.exists()}
+    folders = [folder for folder in sorted(outside) if not folder.is_relative_to(home)]
+    tops = [folder for folder in folders if not any(folder != top and folder.is_relative_to(top) for top in folders)]
+    return str(program), binds + [Bind(folder, folder) for folder in tops]
 
 
 def _find_pytest() -> Bind | None:

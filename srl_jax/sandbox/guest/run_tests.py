@@ -1,6 +1,6 @@
 """Run a test program over /repo and report which test ids passed: runs inside the sandbox.
 
-stdin: {"runner", "files", "wall_s", "nonce", "programs": {"python", "node"}}
+stdin: {"runner", "files", "wall_s", "nonce", "programs": {"python", "node", "java"}}
 stdout: {"ended": "exit"|"timeout", "exit_code", "finished": whether the runner reached its end,
          "passed": [ids], "failed": [ids], "skipped": [ids], "output": the last of stdout and stderr}
 
@@ -21,15 +21,31 @@ import time
 PR_SET_DUMPABLE = 4
 TAIL, RESULTS_CAP = 4000, 4 << 20
 RESULT_FD = 3
+# What the virtual machine reserves must fit under the limit on address space; the file of performance data, which
+# it would map from /tmp, is for tools that are not here.
+JAVA_OPTIONS = (
+    "-Xmx512m", "-Xss2m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=64m",
+    "-XX:CompressedClassSpaceSize=128m", "-XX:-UsePerfData", "-Xshare:auto", "-ea", "-Djava.io.tmpdir=/tmp",
+    "--add-modules=jdk.compiler",
+)  # fmt: skip
 
 
 def command(job):
     """The child's program, arguments and which descriptor carries its records."""
+    if job["runner"] == "java":
+        return [job["programs"]["java"], *JAVA_OPTIONS, "/guest/RunJava.java"], 1
     if job["runner"] != "node":
         python = job["programs"]["python"]
         return [python, "-I", "-S", "-B", f"/guest/run_{job['runner']}.py"], RESULT_FD
     reporter = ["--test-reporter=/guest/node_reporter.mjs", "--test-reporter-destination=stdout"]
     return [job["programs"]["node"], "--test", *reporter, *job["files"]], 1
+
+
+def instructions(job):
+    """What the child reads on stdin; Java's library has no JSON, and paths hold no NUL."""
+    if job["runner"] == "java":
+        return "\0".join([job["nonce"], *job["files"]]).encode()
+    return json.dumps({"files": job["files"], "nonce": job["nonce"]}).encode()
 
 
 def start(job):
@@ -126,7 +142,7 @@ def main():
     os.environ["SRL_NONCE"] = job["nonce"] if job["runner"] == "node" else ""
     pid, results, output, stdin = start(job)
     try:
-        os.write(stdin, json.dumps({"files": job["files"], "nonce": job["nonce"]}).encode())
+        os.write(stdin, instructions(job))
     except BrokenPipeError:
         print("the test program did not start", file=sys.stderr)
     os.close(stdin)

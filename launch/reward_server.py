@@ -1,0 +1,56 @@
+"""Serve rewards: `SRL_JAX_REWARD_TOKEN=... python launch/reward_server.py --config=configs/smollm2_cpu.py`.
+
+Scores completions for runs with the same reward and tokenizer (`--config.sandbox.server=http://127.0.0.1:8700`), so
+that their machines run no foreign code. The connection is not encrypted: beyond the loopback, put TLS in front.
+Exit code: 0 stopped by a signal after answering what was taken, 2 a mistake in flags, configuration or machine.
+"""
+
+import os
+from contextlib import ExitStack
+
+from absl import flags
+from ml_collections import config_flags
+
+from srl_jax import assets, cli
+from srl_jax.config import ConfigError, validate
+from srl_jax.embedding import load_embedder
+from srl_jax.sandbox import Sandbox
+from srl_jax.sandbox.service import RewardService
+from srl_jax.sandbox.wire import Contract
+from srl_jax.tokenizer import load_tokenizer
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in configs/ with get_config().")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; the default takes this machine's clients only.")
+_PORT = flags.DEFINE_integer("port", 8700, "Port to listen on.", lower_bound=1, upper_bound=65535)
+flags.mark_flag_as_required("config")
+
+
+def main() -> int:
+    config = _CONFIG.value
+    validate(config)
+    try:
+        from srl_jax.sandbox import client, server
+    except ModuleNotFoundError as error:
+        raise ConfigError("", "server", f"{error}; pip install 'srl_jax[server]'") from error
+    token = os.environ.get(client.TOKEN_VARIABLE, "")
+    if len(token) < server.MIN_TOKEN_LENGTH:
+        raise ConfigError("", f"${client.TOKEN_VARIABLE}", f"set it to {server.MIN_TOKEN_LENGTH} characters or more")
+    tokenizer = load_tokenizer(assets.model_path(config.model.source), atomic_tags=config.model.atomic_tags)
+    reward, embedder = config.reward.build(), load_embedder()
+    count = lambda text: len(tokenizer.encode_text(text))
+    with ExitStack() as stack:
+        sandbox = stack.enter_context(Sandbox(config.sandbox.build()))
+        executing = {False: sandbox if reward.needs_execution else None, True: sandbox}
+        services = {
+            execute: stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=used))
+            for execute, used in executing.items()
+        }
+        app = server.make_app(services, Contract(tokenizer.fingerprint, reward), token=token, runners=sandbox.runners)
+        slots = f"{config.sandbox.workers} slots, {sandbox.isolation}"
+        print(f"reward server on http://{_HOST.value}:{_PORT.value}, {slots}", flush=True)
+        server.make_server(app, host=_HOST.value, port=_PORT.value).run()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
