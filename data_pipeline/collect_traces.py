@@ -6,11 +6,12 @@ was killed asks only what it has no answer to; a changed prompt or decoding is a
 
 import dataclasses
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.endpoint import EndpointTeacher
 from data_pipeline.errors import DataError
@@ -37,6 +38,10 @@ class Collector:
     @property
     def name(self) -> str:
         return self._mix.name
+
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        return self._mix.teachers
 
     def __enter__(self) -> "Collector":
         if self._store is not None:
@@ -76,7 +81,7 @@ class Collector:
         except NoAnswer as failure:
             self._spent += failure.cost_usd
             if self._store is not None:
-                self._store.add(key, {**line, "teacher": teacher.name, **vars(failure)}, failed=True)
+                self._store.add(key, {**line, **vars(failure)}, failed=True)
             return failure
         self._spent += answer.cost_usd
         if self._store is not None:
@@ -84,26 +89,44 @@ class Collector:
         return answer
 
 
-def open_collector(config_path: Path | None, store_folder: Path | None) -> Collector:
+def open_collector(config_path: str | Path | None, store_folder: str | Path | None) -> Collector:
     """The teachers of a YAML file, by default the oracle alone. Paid answers need a folder to be kept in."""
     if config_path is None:
-        return Collector(TeacherMix([OracleTeacher()], [1.0]), RawStore(store_folder) if store_folder else None)
-    config = load_teacher_config(config_path)
+        return Collector(TeacherMix([OracleTeacher()], [1.0]), RawStore(Path(store_folder)) if store_folder else None)
+    config = load_teacher_config(Path(config_path))
     teachers = [OracleTeacher() if spec.kind == "oracle" else EndpointTeacher(config, spec) for spec in config.teachers]
     if store_folder is None:
         raise DataError("a teacher's answers are kept for ever; give the folder for them with --store")
     mix = TeacherMix(teachers, [spec.weight for spec in config.teachers], config.seed)
-    return Collector(mix, RawStore(store_folder), config.max_cost_usd)
+    return Collector(mix, RawStore(Path(store_folder)), config.max_cost_usd)
+
+
+class Spending:
+    """Per teacher what its answers and failures took: how many, attempts, tokens, US dollars."""
+
+    _NUMBERS = ("attempts", "prompt_tokens", "completion_tokens", "wasted_tokens", "cost_usd")
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, teacher: str, outcome: Answer | NoAnswer | Mapping[str, Any]) -> None:
+        """Counts an outcome, or the stored line of one."""
+        values = outcome if isinstance(outcome, Mapping) else vars(outcome)
+        own = self._totals[teacher]
+        own["answers" if "text" in values else "failures"] += 1
+        for name in self._NUMBERS:
+            own[name] += values.get(name, 0)
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        return {
+            teacher: {name: round(value, 9) for name, value in sorted(own.items())}
+            for teacher, own in sorted(self._totals.items())
+        }
 
 
 def spending(store: RawStore) -> dict[str, dict[str, float]]:
-    """Per teacher what its answers and failures took: requests, failures, attempts, tokens, US dollars."""
-    totals: dict[str, Counter[str]] = {}
-    numbers = ("attempts", "prompt_tokens", "completion_tokens", "wasted_tokens", "cost_usd")
-    counted: list[tuple[dict[str, object], str]] = [(line, "answers") for line in store.answers()]
-    for line, kind in [*counted, *((line, "failures") for line in store.failures())]:
-        own = totals.setdefault(str(line["teacher"]), Counter())
-        own[kind] += 1
-        for name in numbers:
-            own[name] += line.get(name, 0)
-    return {teacher: dict(sorted(own.items())) for teacher, own in sorted(totals.items())}
+    """What everything in a store took."""
+    spent = Spending()
+    for line in [*store.answers(), *store.failures()]:
+        spent.add(line["teacher"], line)
+    return spent.to_dict()

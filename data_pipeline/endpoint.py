@@ -1,6 +1,7 @@
 """A teacher behind any OpenAI-compatible endpoint: streamed, paced, retried, paid for."""
 
 import contextlib
+import dataclasses
 import email.utils
 import json
 import logging
@@ -74,6 +75,9 @@ class EndpointTeacher:
         self.version = config.fingerprint(spec)
         self.name = f"{spec.name}@{self.version[:12]}"
         self.concurrency = spec.limits.concurrency
+        decoding = dataclasses.asdict(spec.decoding)
+        pinned = {"kind": spec.kind, "model": spec.model, "revision": spec.revision, "tokenizer": spec.tokenizer}
+        self.pinned = {**pinned, "decoding": decoding, "fingerprint": self.version}
         self._tokenizer = _load_tokenizer(spec.tokenizer)
         self._pace = Pace(spec.limits.requests_per_minute)
         self._failures, self._failures_lock = 0, threading.Lock()
@@ -136,6 +140,7 @@ class EndpointTeacher:
                 time.sleep(delay)
         self._count_failures(1, reason)
         raise NoAnswer(
+            self.name,
             reason,
             attempts=attempt,
             prompt_tokens=read,

@@ -50,20 +50,33 @@ class Journal:
 
     def ask(self, question: Any, answer: Callable[[], Any]) -> Any:
         """The known answer to `question`, else `answer()`, which is written down before it is returned."""
-        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        told = self.look_up(question)
+        if told is None:
+            told = answer()
+            self.tell(question, told)
+        return told
+
+    def look_up(self, question: Any) -> Any:
+        """The known answer to `question`, or None."""
         with self._lock:
-            if key in self._answers:
-                self.found += 1
-                return self._answers[key]
-        told = answer()
+            told = self._answers.get(_key(question))
+            self.found += told is not None
+            return told
+
+    def tell(self, question: Any, told: Any) -> None:
+        """Writes an answer down."""
+        key = _key(question)
         line = json.dumps([key, told]).encode() + b"\n"
         with self._lock:
             self._answers[key] = told
             self._file.write(line)
             self._file.flush()
-        return told
 
     def remove(self) -> None:
         """The data set is complete: what was said stands in its records."""
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def _key(question: Any) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()

@@ -1,66 +1,57 @@
 """From the catalogue to a data set on disk: tasks -> teacher -> validate -> quality -> write.
 
 Every stage works on whole lists in a fixed order and every random choice hangs on the seed and the rule's name, so
-the same seed gives the same bytes whatever the number of workers.
+the same seed gives the same bytes whatever the number of workers and wherever they are.
 """
 
 import dataclasses
+import json
+import logging
 import random
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from data_pipeline.collect_traces import Collector, Spending, open_collector
 from data_pipeline.config import DataSetConfig, validate
 from data_pipeline.corpus import corpus_root
+from data_pipeline.drift import Tally, compare
 from data_pipeline.duplicates import NearDuplicates
 from data_pipeline.errors import DataError
+from data_pipeline.executor import Executor, cut, open_executor, retried
 from data_pipeline.journal import Journal
 from data_pipeline.offers import episode_drafts, generated_drafts, quotas, real_candidates
-from data_pipeline.quality import THRESHOLD, trace_quality
+from data_pipeline.quality import DEFAULT as QUALITY
 from data_pipeline.splits import SPLITS, split_repositories, split_rules
+from data_pipeline.stages import Embeds, Judging, Scoring
+from data_pipeline.steps import Step, kept_step, raw_line, step_of
 from data_pipeline.tasks.catalogue import CATALOGUE
 from data_pipeline.tasks.generated import RUNNERS
 from data_pipeline.tasks.imported import read_user_tasks
 from data_pipeline.tasks.real import default_roots, find_files, read_files, real_draft
 from data_pipeline.tasks.rule import Draft, Rule
-from data_pipeline.teacher import OracleTeacher, Teacher
-from data_pipeline.validate import Drop, Verdict
-from data_pipeline.validate import validate as check_step
-from data_pipeline.write import FORMAT, begin, commit, file_entry, write_raw, write_shards
-from srl_jax.embedding import load_embedder
-from srl_jax.records import SCHEMA_VERSION, TeacherRecord, Versions
+from data_pipeline.teacher import Answer, NoAnswer, OracleTeacher
+from data_pipeline.validate import Drop
+from data_pipeline.write import FORMAT, MANIFEST, RAW_STEP, begin, commit, file_entry, write_raw, write_shards
+from srl_jax.records import SCHEMA_VERSION
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.sandbox.engine import EngineResult, Status
-from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import ENV_REPORT_VERSION, Sandbox, SandboxConfig
-from srl_jax.trace import Action, parse_trace
+from srl_jax.trace import Action
+
+log = logging.getLogger(__name__)
 
 # Generated tasks cost nothing until they are executed; some are dropped (too long, duplicate), so more are offered.
 OFFERED = 5
-# The sandbox may be killed from outside, which says nothing about the step.
-ATTEMPTS = 3
+# A shard is what a worker does at a time, and what is done again when it dies.
+STEPS_PER_SHARD, RECORDS_PER_SHARD = 8, 256
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Embeds(Protocol):
-    """What turns rationales into unit vectors, float32 [n, 384]."""
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A teacher's step on its way through the stages."""
-
-    draft: Draft
-    text: str
-    verdict: Verdict
 
 
 class Rejections:
@@ -77,15 +68,21 @@ class Rejections:
 
 
 class Run:
-    """The stages with what they share: sandbox, threads, progress, counts."""
+    """The stages with what they share: sandbox, workers, teachers, progress, counts."""
 
     def __init__(
-        self, config: DataSetConfig, sandbox: Sandbox, teacher: Teacher, progress: Progress, journal: Journal
+        self,
+        config: DataSetConfig,
+        sandbox: Sandbox,
+        collector: Collector,
+        executor: Executor,
+        progress: Progress,
+        journal: Journal,
     ) -> None:
-        self.config, self.sandbox, self.teacher, self.progress = config, sandbox, teacher, progress
-        self.journal = journal
+        self.config, self.sandbox, self.collector, self.progress = config, sandbox, collector, progress
+        self.executor, self.journal = executor, journal
         self.languages = [name for name in config.languages if RUNNERS.get(name, "unittest") in sandbox.runners]
-        self.rejections = Rejections()
+        self.rejections, self.tally, self.spent = Rejections(), Tally(), Spending()
         self.wanted = quotas(config)
         self._own: dict[tuple[str, str], list[list[Draft]]] = defaultdict(list)
         if config.user_tasks:
@@ -138,7 +135,7 @@ class Run:
         return drafts
 
     def _read_user_tasks(self) -> None:
-        if isinstance(self.teacher, OracleTeacher):
+        if any(isinstance(teacher, OracleTeacher) for teacher in self.collector.teachers):
             raise DataError("user_tasks needs a teacher of its own: the catalogue does not know the right edits")
         found = read_user_tasks(Path(self.config.user_tasks), self.config.max_excerpt)
         splits = split_repositories([repository for repository, _ in found], self.config.seed)
@@ -181,34 +178,61 @@ class Run:
             if not batch:
                 break
             batch = [group for group in batch if self._is_new(group, split)]
-            judged = self.each(
-                f"check {slice_name} {split}", self._judge, [draft for group in batch for draft in group]
-            )
+            judged = self._judged(f"check {slice_name} {split}", [draft for group in batch for draft in group])
             for group in batch:
                 steps = [next(judged) for _ in group]
                 whole = all(step.verdict.reason is None for step in steps)
                 for step in steps:
                     reason = step.verdict.reason or (None if whole else Drop.EPISODE.value)
+                    self.tally.add(slice_name, step.teacher, reason)
+                    self.spent.add(step.teacher, step.answer)
+                    self.raw[split].append(raw_line(step, reason))
                     if reason is None:
                         kept.append(step)
                     else:
                         self.rejections.add(slice_name, reason)
-                    self.raw[split].append(
-                        {"task_id": step.draft.task.task_id, "slice": slice_name, "text": step.text, "rejected": reason}
-                    )
         return kept
 
-    def _judge(self, draft: Draft) -> Step:
-        text = self.teacher.write(draft)
+    def _judged(self, title: str, drafts: Sequence[Draft]) -> Iterator[Step]:
+        """Asks, then judges on the workers what the journal has no verdict on; steps in the order of `drafts`."""
+        if not drafts:
+            return
+        progress = self.progress.add_task(title, total=len(drafts))
+        heard: deque[tuple[Draft, Answer | NoAnswer, Any]] = deque()
+        size = max(1, min(STEPS_PER_SHARD, len(drafts) // (2 * self.executor.workers)))  # nobody idle in a short batch
 
-        def answer() -> dict[str, Any]:
-            verdict = retried(lambda: check_step(draft, text, self.sandbox, self.config.max_trace))
-            return {"reason": verdict.reason, "env_report": verdict.env_report}
+        def unjudged() -> Iterator[list[tuple[Draft, Answer]]]:
+            shard = []
+            for draft, answer in zip(drafts, self.collector.collect(drafts), strict=True):
+                known = None if isinstance(answer, NoAnswer) else self.journal.look_up(self._question(draft, answer))
+                heard.append((draft, answer, known))
+                if known is None and isinstance(answer, Answer):
+                    shard.append((draft, answer))
+                if len(shard) == size:
+                    yield shard
+                    shard = []
+            if shard:
+                yield shard
 
-        question = ["step", dataclasses.asdict(draft.task), text, self.config.max_trace, self._tools]
-        told = self.journal.ask(question, answer)
-        trace = parse_trace(text) if told["reason"] is None else None
-        return Step(draft, text, Verdict(told["reason"], trace, told["env_report"]))
+        def next_known() -> Iterator[Step]:
+            while heard and (heard[0][2] is not None or isinstance(heard[0][1], NoAnswer)):
+                draft, answer, told = heard.popleft()
+                self.progress.advance(progress)
+                yield step_of(draft, answer, told)
+
+        for verdicts in self.executor.run(Judging(self.config.max_trace), unjudged()):
+            for verdict in verdicts:
+                yield from next_known()
+                draft, answer, _ = heard.popleft()
+                told = {"reason": verdict.reason, "env_report": verdict.env_report, "quality": verdict.quality}
+                self.journal.tell(self._question(draft, answer), told)
+                self.progress.advance(progress)
+                yield step_of(draft, answer, told)
+        yield from next_known()
+
+    def _question(self, draft: Draft, answer: Answer) -> list[Any]:
+        judging = [self.config.max_trace, dataclasses.asdict(QUALITY), self._tools]
+        return ["step", dataclasses.asdict(draft.task), answer.text, answer.cut, judging]
 
     def _apply(self, action: Action, files: Mapping[str, str]) -> EngineResult:
         def answer() -> dict[str, Any]:
@@ -243,22 +267,6 @@ class Run:
         self._seen.update(keys)
         return True
 
-    def records(self, slice_name: str, steps: Sequence[Step], embedder: Embeds) -> list[TeacherRecord]:
-        """Scored records of the steps that reach the quality threshold."""
-        versions = Versions(SCHEMA_VERSION, self.config.tag, REWARD_VERSION)
-        embeddings = embedder.embed([step.verdict.trace.think for step in steps])
-        records = []
-        for step, embedding in zip(steps, embeddings, strict=True):
-            report = step.verdict.env_report
-            quality = trace_quality(step.verdict.trace, report)
-            if quality < THRESHOLD:
-                self.rejections.add(slice_name, Drop.LOW_QUALITY)
-            else:
-                records.append(
-                    TeacherRecord(step.draft.task, step.text, embedding, quality, report, versions, self.teacher.name)
-                )
-        return records
-
     def all_steps(self, rules: Mapping[str, Sequence[Rule]]) -> dict[tuple[str, str], list[Step]]:
         """(split, slice) -> kept steps. Training comes first, so that a duplicate is dropped from what is held out."""
         wanted, config = self.wanted, self.config
@@ -289,14 +297,17 @@ class Run:
         return steps
 
     def write_records(
-        self, folder: Path, steps: Mapping[tuple[str, str], Sequence[Step]], embedder: Embeds
+        self, folder: Path, steps: Mapping[tuple[str, str], Sequence[Step]], embedder: Embeds | None
     ) -> dict[str, dict[str, Any]]:
         """Scores and writes every slice that has records; split -> slice -> the manifest's entry."""
         wanted, entries = self.wanted, {split: {} for split in SPLITS}
+        scoring = Scoring(self.config.tag, embedder)
         task = self.progress.add_task("embed rationales", total=sum(map(len, steps.values())))
         for (split, slice_name), kept in steps.items():
-            records = self.records(slice_name, kept, embedder)
-            self.progress.advance(task, len(kept))
+            records = []
+            for part in self.executor.run(scoring, cut([kept_step(step) for step in kept], RECORDS_PER_SHARD)):
+                self.progress.advance(task, len(part))
+                records += part
             if records:
                 shards = write_shards(folder / split, slice_name, records, self.config.records_per_shard)
                 counts = {"records": len(records), "wanted": wanted[split, slice_name]}
@@ -314,9 +325,18 @@ class Run:
 
 
 def prepare(
-    config: DataSetConfig, out: Path, *, teacher: Teacher | None = None, embedder: Embeds | None = None
+    config: DataSetConfig,
+    out: Path,
+    *,
+    collector: Collector | None = None,
+    embedder: Embeds | None = None,
+    executor: str = "local",
+    cluster: str = "",
 ) -> dict[str, Any]:
-    """Builds the data set in `out` and returns its manifest.
+    """Builds the data set in `out` and returns its manifest; by default the catalogue's oracle is the teacher.
+
+    `executor` is "local" or "ray", then on the cluster at address `cluster` ("": one on this machine). Where `out` is
+    replaced, reasons for rejections that have become more or less frequent since are logged as warnings.
 
     Raises DataError for a bad configuration or target, SandboxUnavailable where nothing can be executed safely. A
     language whose tests this machine cannot run is left out and named in the manifest.
@@ -330,18 +350,23 @@ def prepare(
         Journal(out.with_name(out.name + ".journal")) as journal,
         Sandbox(SandboxConfig(slots=config.workers)) as sandbox,
         Progress(*columns) as progress,
+        collector or open_collector(None, None) as asked,
+        closing(open_executor(executor, sandbox, cluster)) as workers,
     ):
         if len(journal):
             progress.console.print(f"going on with an interrupted build: {len(journal)} answers are known")
-        run = Run(config, sandbox, teacher or OracleTeacher(), progress, journal)
+        run = Run(config, sandbox, asked, workers, progress, journal)
         steps = run.all_steps(rules)
-        entries = run.write_records(partial, steps, embedder or load_embedder())
+        entries = run.write_records(partial, steps, embedder)
         manifest = {
             "format": FORMAT,
             "schema": SCHEMA_VERSION,
             "reward": REWARD_VERSION,
             "dataset": config.tag,
-            "teacher": run.teacher.name,
+            "teacher": asked.name,
+            "teachers": {teacher.name: teacher.pinned for teacher in asked.teachers},
+            "spending": run.spent.to_dict(),
+            "quality": dataclasses.asdict(QUALITY),
             "seed": config.seed,
             "config": _plain_config(config),
             "languages_left_out": sorted(set(config.languages) - set(run.languages)),
@@ -349,27 +374,31 @@ def prepare(
                 split: {"rules": [rule.name for rule in rules[split]], "slices": entries[split]} for split in SPLITS
             },
             "rejections": run.rejections.to_dict(),
+            "tally": run.tally.to_list(),
+            "raw_format": RAW_STEP,
             "raw": run.write_raw_output(partial),
             "tools": sandbox.versions,
         }
+    before = tally_of(out)
     commit(partial, out, manifest)
     journal.remove()
+    for drift in compare(before, run.tally) if before is not None else ():
+        log.warning("%s", drift)
     return manifest
+
+
+def tally_of(data_dir: Path) -> Tally | None:
+    """The counts of the data set in a folder, or None where there is none that has any."""
+    path = data_dir / MANIFEST
+    try:
+        return Tally.from_list(json.loads(path.read_text(encoding="utf-8"))["tally"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _words(draft: Draft) -> str:
     """What makes two tasks alike: instruction and shown code."""
     return "\n".join((draft.task.instruction, *(file.text for file in draft.task.context)))
-
-
-def retried(action: Callable[[], R]) -> R:
-    """`action()`, up to `ATTEMPTS` times while the sandbox itself crashes."""
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return action()
-        except SandboxCrash:
-            continue
-    return action()
 
 
 def _plain_config(config: DataSetConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from data_pipeline.executor import retried
-from data_pipeline.quality import trace_quality
+from data_pipeline.quality import DEFAULT, QualityConfig, trace_quality
 from data_pipeline.tasks.rule import Draft
 from data_pipeline.teacher import Answer
 from data_pipeline.validate import Drop, Verdict, validate
@@ -26,10 +26,10 @@ class Embeds(Protocol):
 
 @dataclass(frozen=True)
 class Judging:
-    """The stage from answers to verdicts. `max_trace` bounds a trace's characters, `threshold` its quality."""
+    """The stage from answers to verdicts. `max_trace` bounds a trace's characters."""
 
     max_trace: int
-    threshold: float
+    quality: QualityConfig = DEFAULT
 
     def __call__(self, sandbox: Sandbox, shard: Sequence[tuple[Draft, Answer]]) -> list[Verdict]:
         return [retried(functools.partial(self.judge, draft, answer, sandbox)) for draft, answer in shard]
@@ -41,8 +41,8 @@ class Judging:
         verdict = validate(draft, answer.text, sandbox, self.max_trace)
         if verdict.reason is not None:
             return verdict
-        quality = trace_quality(verdict.trace, verdict.env_report)
-        return replace(verdict, quality=quality, reason=None if quality >= self.threshold else Drop.LOW_QUALITY)
+        quality = trace_quality(verdict.trace, verdict.env_report, self.quality)
+        return replace(verdict, quality=quality, reason=None if quality >= self.quality.threshold else Drop.LOW_QUALITY)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a teacher is worth before a data set is built with it: some tasks asked, every answer judged and counted."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ from data_pipeline.collect_traces import Collector
 from data_pipeline.config import DataSetConfig
 from data_pipeline.drift import Drift, Tally, compare
 from data_pipeline.executor import Executor, cut
-from data_pipeline.quality import THRESHOLD
 from data_pipeline.splits import split_rules
 from data_pipeline.stages import Judging
 from data_pipeline.tasks.catalogue import CATALOGUE
 from data_pipeline.tasks.generated import generate
 from data_pipeline.tasks.rule import Draft
 from data_pipeline.teacher import Answer, NoAnswer
+from data_pipeline.validate import Drop
 from data_pipeline.write import replace_bytes
 
 FILE = "survey.json"
@@ -37,7 +37,7 @@ def survey(config: DataSetConfig, collector: Collector, count: int, executor: Ex
     """Asks and judges `count` tasks; yields (task, `validate.Verdict`), or (task, `NoAnswer`), as they are done."""
     drafts = tasks(config, count)
     answers = collector.collect(drafts)
-    judging = Judging(config.max_trace, THRESHOLD)
+    judging = Judging(config.max_trace)
     for part in cut(drafts, _SHARD):
         heard = [(draft, next(answers)) for draft in part]
         [verdicts] = executor.run(judging, [[pair for pair in heard if isinstance(pair[1], Answer)]])
@@ -46,12 +46,12 @@ def survey(config: DataSetConfig, collector: Collector, count: int, executor: Ex
             yield draft, answer if isinstance(answer, NoAnswer) else (answer, next(judged))
 
 
-def count_up(judged: Iterator[tuple[Draft, Any]], unanswered_by: str) -> Tally:
-    """The tally of a survey; a task without an answer counts under the mix's name `unanswered_by`."""
+def count_up(judged: Iterable[tuple[Draft, Any]]) -> Tally:
+    """The tally of a survey."""
     tally = Tally()
     for draft, outcome in judged:
         if isinstance(outcome, NoAnswer):
-            tally.add(draft.task.slice, unanswered_by, f"no_answer:{outcome.reason}")
+            tally.add(draft.task.slice, outcome.teacher, f"{Drop.NO_ANSWER}:{outcome.reason}")
         else:
             answer, verdict = outcome
             tally.add(draft.task.slice, answer.teacher, verdict.reason)

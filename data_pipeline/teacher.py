@@ -1,9 +1,9 @@
 """Who writes traces: what every teacher offers, the catalogue's own oracle, and how several are mixed."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_pipeline.tasks.rule import Draft, fill
 from data_pipeline.tasks.state import advance
@@ -34,8 +34,10 @@ class Answer:
 class NoAnswer(Exception):
     """This task got no answer: `reason` is counted, and the next run asks again. Other tasks may fare better."""
 
-    def __init__(self, reason: str, *, attempts: int, prompt_tokens: int, wasted_tokens: int, cost_usd: float) -> None:
-        self.reason, self.attempts = reason, attempts
+    def __init__(
+        self, teacher: str, reason: str, *, attempts: int, prompt_tokens: int, wasted_tokens: int, cost_usd: float
+    ) -> None:
+        self.teacher, self.reason, self.attempts = teacher, reason, attempts
         self.prompt_tokens, self.wasted_tokens, self.cost_usd = prompt_tokens, wasted_tokens, cost_usd
         super().__init__(reason)
 
@@ -46,12 +48,13 @@ class Teacher(Protocol):
     `name` goes into every record. `version` changes with whatever may change an answer. `concurrency` is how many
     tasks may be asked at once. `answer` returns what was said, which may be malformed, or raises `NoAnswer` for this
     task, `DataError` when asking on is useless; it is called from several threads. `request` names the question: the
-    same task put the same way gives the same string.
+    same task put the same way gives the same string. `pinned` is what a manifest says of the teacher.
     """
 
     name: str
     version: str
     concurrency: int
+    pinned: Mapping[str, Any]
 
     def request(self, draft: Draft) -> str: ...
 
@@ -64,6 +67,7 @@ class OracleTeacher:
     name = "catalogue-oracle/1"
     version = name
     concurrency = 1
+    pinned: Mapping[str, Any] = {"kind": "oracle"}
 
     def request(self, draft: Draft) -> str:
         return self.write(draft)

@@ -18,7 +18,7 @@ class Drop(StrEnum):
     ``action:<status>``."""
 
     MALFORMED = "malformed"
-    NOT_CANONICAL = "not_canonical"
+    ROUND_TRIP = "round_trip"  # its canonical text means something else
     ACTION = "action"
     WRONG_DIFF = "wrong_diff"
     PASSED_BEFORE = "tests_passed_before"
@@ -29,6 +29,7 @@ class Drop(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"  # of a task in an earlier split
     EPISODE = "episode_incomplete"  # another step of the episode was dropped
     LOW_QUALITY = "low_quality"
+    NO_ANSWER = "no_answer"  # with the endpoint's reason after a colon; asked again by the next run
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def validate(draft: Draft, text: str, sandbox: Sandbox, max_trace: int) -> Verdi
         trace = parse_trace(text)
     except TraceError as error:
         return Verdict(f"{Drop.MALFORMED}:{error.rejection}")
-    if render_trace(trace) != text:
-        return Verdict(Drop.NOT_CANONICAL, trace)
-    if len(text) > max_trace:
+    canonical = render_trace(trace)  # white space and the order of keys are the teacher's own affair
+    if not _means(canonical, trace):
+        return Verdict(Drop.ROUND_TRIP, trace)
+    if len(canonical) > max_trace:
         return Verdict(Drop.TOO_LONG, trace)
     files = {file.path: file.text for file in task.files}
     if task.tests is not None and task.source != "user":  # a user's tests may as well guard what works already
@@ -81,3 +83,10 @@ def validate(draft: Draft, text: str, sandbox: Sandbox, max_trace: int) -> Verdi
     if not report.success:
         return Verdict(Drop.FAILED_AFTER, trace, plain)
     return Verdict(None, trace, plain)
+
+
+def _means(text: str, trace: Trace) -> bool:
+    try:
+        return parse_trace(text) == trace
+    except TraceError:
+        return False

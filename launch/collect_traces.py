@@ -34,7 +34,7 @@ def main() -> int:
     validate(config)
     with Sandbox(SandboxConfig(slots=config.workers)) as sandbox, open_collector(Path(_TEACHER.value), folder) as asked:
         judged = survey(config, asked, _TASKS.value, LocalExecutor(sandbox))
-        tally = count_up(track(judged, "ask and judge", total=_TASKS.value), asked.name)
+        tally = count_up(track(judged, "ask and judge", total=_TASKS.value))
     with RawStore(folder) as store:
         spent = spending(store)
     drifts = conclude(tally, folder, {"tasks": _TASKS.value, "dataset": config.tag, "spending": spent})

@@ -184,10 +184,21 @@ def decode_record(data: bytes) -> TeacherRecord:
     return record
 
 
+def task_to_json(task: Task) -> dict[str, Any]:
+    """A task as plain JSON data, for files that are not records; raises `CorruptRecord` for one that is none."""
+    return _to_json(task, Task, "task", {})
+
+
+def task_from_json(value: Any) -> Task:
+    """The inverse of `task_to_json`; raises `CorruptRecord`."""
+    return _reader(Task)(value, (None, "task"), {})
+
+
 def encode_replay(group: ReplayGroup) -> bytes:
-    """The group's canonical bytes; raises `CorruptRecord`, in particular for one without log-probs."""
-    if group.sampler_logprobs is None:
-        raise CorruptRecord("sampler_logprobs are missing; a group without them cannot be trained on: sample again")
+    """The group's canonical bytes; raises `CorruptRecord`, in particular for one without log-probs or states."""
+    for name, values in {"sampler_logprobs": group.sampler_logprobs, "grammar_states": group.grammar_states}.items():
+        if values is None:
+            raise CorruptRecord(f"{name} are missing; a group without them cannot be trained on: sample again")
     data = _encode("replay", group)
     _check_replay_group(group)
     return data
@@ -236,7 +247,7 @@ def _check_schema(versions: Versions) -> None:
     if versions.schema != SCHEMA_VERSION:
         raise CorruptRecord(
             f"versions.schema is {versions.schema!r}, this program reads {SCHEMA_VERSION!r}; "
-            "rebuild the data set from its raw teacher output"
+            "run launch/prepare_data.py migrate --out=<its folder>"
         )
 
 

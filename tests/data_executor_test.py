@@ -10,6 +10,7 @@ import pytest
 from data_pipeline.collect_traces import Collector
 from data_pipeline.errors import DataError
 from data_pipeline.executor import ATTEMPTS, LocalExecutor, RayExecutor, cut, in_order, open_executor, retried
+from data_pipeline.quality import QualityConfig
 from data_pipeline.stages import Judging, Kept, Scoring
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
@@ -37,7 +38,7 @@ def shards():
 
 
 def outcomes(executor):
-    judging = Judging(2000, 0.6)
+    judging = Judging(2000)
     verdicts = [verdict for part in executor.run(judging, shards()) for verdict in part]
     kept = [
         Kept(draft.task, answer.text, verdict.trace.think, verdict.quality, verdict.env_report, answer.teacher)
@@ -70,7 +71,7 @@ def test_only_a_few_shards_are_taken_ahead():
 
 def test_low_quality_is_dropped_at_the_threshold(sandbox):
     [first, *_] = shards()
-    verdict = Judging(2000, 1.01)(sandbox, first[:1])[0]
+    verdict = Judging(2000, QualityConfig(agreement=5.0, threshold=1.0))(sandbox, first[:1])[0]
     assert verdict.reason == "low_quality" and 0.6 <= verdict.quality <= 1 and verdict.env_report["success"]
 
 
@@ -108,7 +109,7 @@ class Marked:
         mark = self.folder / f"{shard[0][0].task.task_id.replace('/', '-')}.{os.getpid()}"
         mark.touch()
         time.sleep(0.5)
-        return Judging(2000, 0.6)(sandbox, shard)
+        return Judging(2000)(sandbox, shard)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_ray_cluster_gives_the_same_bytes(cluster, sandbox):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_worker_killed_in_mid_run_changes_nothing(cluster, sandbox, tmp_path):
-    plain = [verdict for part in LocalExecutor(sandbox).run(Judging(2000, 0.6), shards()) for verdict in part]
+    plain = [verdict for part in LocalExecutor(sandbox).run(Judging(2000), shards()) for verdict in part]
     killed = []
     found = []
     for part in cluster.run(Marked(tmp_path), shards()):
