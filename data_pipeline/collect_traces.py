@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipeline.endpoint import EndpointTeacher
 from data_pipeline.errors import DataError
+from data_pipeline.paraphrase import ParaphrasingTeacher
 from data_pipeline.raw_store import RawStore
 from data_pipeline.tasks.rule import Draft
 from data_pipeline.teacher import Answer, NoAnswer, OracleTeacher, Teacher, TeacherMix
@@ -94,10 +95,15 @@ def open_collector(config_path: str | Path | None, store_folder: str | Path | No
     if config_path is None:
         return Collector(TeacherMix([OracleTeacher()], [1.0]), RawStore(Path(store_folder)) if store_folder else None)
     config = load_teacher_config(Path(config_path))
-    teachers = [OracleTeacher() if spec.kind == "oracle" else EndpointTeacher(config, spec) for spec in config.teachers]
     if store_folder is None:
         raise DataError("a teacher's answers are kept for ever; give the folder for them with --store")
-    mix = TeacherMix(teachers, [spec.weight for spec in config.teachers], config.seed)
+    endpoints = {spec.name: EndpointTeacher(config, spec) for spec in config.teachers if spec.kind == "openai"}
+    used = [spec for spec in config.teachers if spec.weight > 0]
+    teachers: list[Teacher] = [endpoints.get(spec.name) or OracleTeacher() for spec in used]
+    if config.paraphrase is not None:
+        writer, share = endpoints[config.paraphrase.teacher], config.paraphrase.share
+        teachers = [ParaphrasingTeacher(teacher, writer, share) for teacher in teachers]
+    mix = TeacherMix(teachers, [spec.weight for spec in used], config.seed)
     return Collector(mix, RawStore(Path(store_folder)), config.max_cost_usd)
 
 

@@ -24,7 +24,7 @@ from data_pipeline.teacher_config import Price, TeacherConfig, TeacherSpec
 from srl_jax import assets
 from srl_jax.records import SourceFile
 from srl_jax.tokenizer import load_tokenizer
-from srl_jax.trace import render_state
+from srl_jax.trace import TAGS, render_state
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,15 @@ class EndpointTeacher:
         return json.dumps(self._messages(draft), ensure_ascii=False, sort_keys=True)
 
     def answer(self, draft: Draft) -> Answer:
-        messages = self._messages(draft)
+        return self.ask(self._messages(draft))
+
+    def ask(self, messages: list[dict[str, str]], tags: tuple[str, ...] = TAGS) -> Answer:
+        """The answer to any conversation, read up to the last of `tags`; raises as `answer` does."""
         limits, started = self._spec.limits, time.monotonic()
         prompt, read, wasted, reason = sum(self._count(message["content"]) for message in messages), 0, 0, ""
         for attempt in range(1, limits.attempts + 1):
             self._pace.wait()
-            guard = StreamGuard(self._count, self._spec.decoding.max_think_tokens)
+            guard = StreamGuard(self._count, self._spec.decoding.max_think_tokens, tags)
             delay = min(limits.max_wait_s, limits.backoff_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
             try:
                 served, ended = self._stream(messages, guard)

@@ -16,11 +16,14 @@ _COUNT_EVERY = 200  # characters of think between two counts of its tokens
 class StreamGuard:
     """Feed it pieces; `done` says that the trace is complete, `cut` why the answer is given up ("" while it is not).
 
-    `text` is everything worth keeping: up to and including `</state_update>`, or all that came before giving up.
+    `text` is everything worth keeping: up to and including `</state_update>`, or all that came before giving up. With
+    fewer `tags` the answer is complete at the last of those.
     """
 
-    def __init__(self, count_tokens: Callable[[str], int], max_think_tokens: int) -> None:
-        self._count_tokens, self._max_think_tokens = count_tokens, max_think_tokens
+    def __init__(
+        self, count_tokens: Callable[[str], int], max_think_tokens: int, tags: tuple[str, ...] = TAGS
+    ) -> None:
+        self._count_tokens, self._max_think_tokens, self._tags = count_tokens, max_think_tokens, tags
         self._seen = 0  # tags, in their order
         self._block_start = self._searched = 0
         self._counted_at = 0
@@ -39,7 +42,7 @@ class StreamGuard:
 
     def _enter_block(self) -> bool:
         rest = self.text[self._block_start :].lstrip()
-        tag = TAGS[self._seen]
+        tag = self._tags[self._seen]
         if rest.startswith(tag):
             self._advance(len(self.text) - len(rest) + len(tag))
             return True
@@ -58,11 +61,11 @@ class StreamGuard:
             self._searched = max(self._block_start, len(self.text) - _LONGEST_TAG)
             return False
         place, tag = min(found)
-        if tag != TAGS[self._seen]:
+        if tag != self._tags[self._seen]:
             self.cut = self._misplaced(tag)
             return False
         self._advance(place + len(tag))
-        if self._seen == len(TAGS):
+        if self._seen == len(self._tags):
             self.done, self.text = True, self.text[: self._block_start]
         return True
 

@@ -16,7 +16,8 @@ class Answer:
 
     `cut` is why reading was broken off before the end of the trace ("" when it was not): a `trace.Rejection`,
     "think_too_long" or "length". Tokens are those of the teacher's pinned tokenizer; `wasted_tokens` were written in
-    attempts that failed half way and are paid for all the same.
+    attempts that failed half way and are paid for all the same. `original` is the text before its rationale was
+    paraphrased, "" where it was not.
     """
 
     text: str
@@ -29,6 +30,7 @@ class Answer:
     cost_usd: float = 0.0
     seconds: float = 0.0
     served_model: str = ""
+    original: str = ""
 
 
 class NoAnswer(Exception):

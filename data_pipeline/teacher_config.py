@@ -89,6 +89,14 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Paraphrasing:
+    """A `share` of all rationales is rewritten by the endpoint called `teacher`; see `paraphrase`."""
+
+    teacher: str
+    share: float
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """`system` and `anchors` are shown to every endpoint; `max_cost_usd` 0 sets no limit."""
 
@@ -97,6 +105,7 @@ class TeacherConfig:
     anchors: tuple[Anchor, ...]
     seed: int = 0
     max_cost_usd: float = 0.0
+    paraphrase: Paraphrasing | None = None
 
     def fingerprint(self, spec: TeacherSpec) -> str:
         """SHA-256 hex of all that decides an answer of `spec`; where it runs, how fast and for how much do not."""
@@ -131,7 +140,7 @@ class _Wrong(Exception):
 
 
 def _config(value: Any) -> TeacherConfig:
-    known = {"version", "seed", "max_cost_usd", "teachers", "system", "anchors"}
+    known = {"version", "seed", "max_cost_usd", "teachers", "system", "anchors", "paraphrase"}
     value = _mapping(value, "the file", known, required=("version", "teachers", "system", "anchors"))
     if value["version"] != VERSION:
         raise _Wrong(f"version is {value['version']!r}; this program reads {VERSION!r}")
@@ -151,7 +160,16 @@ def _config(value: Any) -> TeacherConfig:
         raise _Wrong(f"anchors holds {len(anchors)} examples; give 2 or 3")
     seed = _typed(value.get("seed", 0), int, "seed")
     cost = _typed(value.get("max_cost_usd", 0.0), float, "max_cost_usd")
-    return TeacherConfig(teachers, value["system"].strip(), anchors, seed, cost)
+    if not any(spec.weight > 0 for spec in teachers):
+        raise _Wrong("teachers: one weight must be above 0")
+    paraphrase = None
+    if value.get("paraphrase") is not None:
+        paraphrase = _section(Paraphrasing, value["paraphrase"], "paraphrase")
+        if paraphrase.teacher not in {spec.name for spec in teachers if spec.kind == "openai"}:
+            raise _Wrong(f"paraphrase.teacher is {paraphrase.teacher!r}; must be the name of an openai teacher")
+        if not 0 < paraphrase.share <= 1:
+            raise _Wrong(f"paraphrase.share is {paraphrase.share}; must lie in (0, 1]")
+    return TeacherConfig(teachers, value["system"].strip(), anchors, seed, cost, paraphrase)
 
 
 def _check_teacher(spec: TeacherSpec, where: str) -> None:
@@ -160,7 +178,7 @@ def _check_teacher(spec: TeacherSpec, where: str) -> None:
             raise _Wrong(f"{where}.{name}: {rule}")
 
     demand(spec.name.strip() != "", "name", "must name the teacher")
-    demand(0 < spec.weight < float("inf"), "weight", f"is {spec.weight}; must be above 0")
+    demand(0 <= spec.weight < float("inf"), "weight", f"is {spec.weight}; must be at least 0")
     if spec.kind == "oracle":
         return
     for name in ("base_url", "model", "revision", "tokenizer"):

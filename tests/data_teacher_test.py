@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data_pipeline.collect_traces import Collector, open_collector, spending
 from data_pipeline.endpoint import EndpointTeacher
 from data_pipeline.errors import DataError
+from data_pipeline.paraphrase import ParaphrasingTeacher
 from data_pipeline.raw_store import RawStore
 from data_pipeline.stream_guard import THINK_TOO_LONG, StreamGuard
 from data_pipeline.tasks.catalogue import rule_named
@@ -472,6 +473,33 @@ def test_teachers_are_mixed_by_weight_and_by_task_alone(teacher):
         assert set(names) == {teacher.name for teacher in mix.teachers}
 
 
+def test_rationales_are_paraphrased_for_a_share_of_the_tasks(teacher):
+    def rewrites(exchange):
+        said = exchange.asked.removeprefix("<think>").removesuffix("</think>")
+        if exchange.number == 0:
+            exchange.stream("I would rather not.")
+        elif exchange.number == 1:
+            exchange.stream("<think>it says something else</think>")  # the names are gone
+        else:
+            exchange.stream(f"<think>\nPut otherwise: {said} </think> Anything else?")
+
+    asked = drafts(30)
+    with serve(rewrites) as (url, requests):
+        writer = ParaphrasingTeacher(OracleTeacher(), teacher(url, limits={"concurrency": 1}), 0.5)
+        answers = collect(writer, asked)
+    assert 8 <= len(requests) <= 22  # about half
+    rewritten = [answer for answer in answers if "Put otherwise: " in answer.text]
+    assert len(rewritten) == len(requests) - 2
+    for draft, answer in zip(asked, answers, strict=True):
+        own, trace = parse_trace(OracleTeacher().write(draft)), parse_trace(answer.text)
+        assert (trace.action, trace.state) == (own.action, own.state) and answer.teacher == writer.name
+        if answer in rewritten:
+            assert trace.think == f"Put otherwise: {own.think}" and parse_trace(answer.original) == own
+            assert answer.completion_tokens > 0
+        else:
+            assert trace == own and not answer.original
+
+
 def changed(**changes):
     value = yaml.safe_load(CONFIG.read_text())
     for path, new in changes.items():
@@ -497,7 +525,9 @@ def test_the_file_in_the_repository_pins_what_it_promises():
         ({"teachers__0__kind": "llama"}, r"teachers\[0\]\.kind is 'llama'; must be one of openai, oracle"),
         ({"teachers__0__revision": ""}, r"teachers\[0\]\.revision: must be given"),
         ({"teachers__0__base_url": "localhost:8000"}, "is no http"),
-        ({"teachers__0__weight": 0}, r"weight: is 0\.0; must be above 0"),
+        ({"teachers__0__weight": -1}, r"weight: is -1\.0; must be at least 0"),
+        ({"teachers__0__weight": 0}, "one weight must be above 0"),
+        ({"paraphrase": {"teacher": "x", "share": 0.5}}, "paraphrase.teacher is 'x'; must be the name of an openai"),
         ({"teachers__0__decoding__temperature": "hot"}, r"decoding\.temperature is 'hot'; must be float"),
         ({"teachers__0__decoding__topp": 0.9}, "has no field 'topp'; it has"),
         ({"teachers__0__limits__attempts": 0}, r"limits\.attempts: must be at least 1"),
