@@ -20,6 +20,7 @@ from data_pipeline.corpus import corpus_root
 from data_pipeline.duplicates import NearDuplicates
 from data_pipeline.errors import DataError
 from data_pipeline.journal import Journal
+from data_pipeline.limits import open_sandbox
 from data_pipeline.offers import episode_drafts, generated_drafts, quotas, real_candidates
 from data_pipeline.quality import THRESHOLD, trace_quality
 from data_pipeline.splits import SPLITS, split_repositories, split_rules
@@ -37,7 +38,7 @@ from srl_jax.records import SCHEMA_VERSION, TeacherRecord, Versions
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.sandbox.engine import EngineResult, Status
 from srl_jax.sandbox.isolation import SandboxCrash
-from srl_jax.sandbox.runner import ENV_REPORT_VERSION, Sandbox, SandboxConfig
+from srl_jax.sandbox.runner import ENV_REPORT_VERSION, Sandbox
 from srl_jax.trace import Action, parse_trace
 
 # Generated tasks cost nothing until they are executed; some are dropped (too long, duplicate), so more are offered.
@@ -328,7 +329,7 @@ def prepare(
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Journal(out.with_name(out.name + ".journal")) as journal,
-        Sandbox(SandboxConfig(slots=config.workers)) as sandbox,
+        open_sandbox(config.workers) as sandbox,
         Progress(*columns) as progress,
     ):
         if len(journal):
