@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from data_pipeline.errors import DataError
+from data_pipeline.limits import open_sandbox
 from srl_jax.sandbox.isolation import SandboxCrash
-from srl_jax.sandbox.runner import Sandbox, SandboxConfig
+from srl_jax.sandbox.runner import Sandbox
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -124,7 +125,7 @@ def retried(action: Callable[[], R]) -> R:
 @functools.cache
 def _own_sandbox() -> Sandbox:
     """This worker process's sandbox; its uids are given back when the process ends."""
-    return Sandbox(SandboxConfig(slots=1))
+    return open_sandbox(1)
 
 
 def _run_stage(stage: Stage[Any, Any], shard: Any) -> Any:

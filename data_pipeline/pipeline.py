@@ -25,6 +25,7 @@ from data_pipeline.duplicates import NearDuplicates
 from data_pipeline.errors import DataError
 from data_pipeline.executor import Executor, cut, open_executor, retried
 from data_pipeline.journal import Journal
+from data_pipeline.limits import open_sandbox
 from data_pipeline.offers import episode_drafts, generated_drafts, quotas, real_candidates
 from data_pipeline.quality import DEFAULT as QUALITY
 from data_pipeline.splits import SPLITS, split_repositories, split_rules
@@ -41,7 +42,7 @@ from data_pipeline.write import FORMAT, MANIFEST, RAW_STEP, begin, commit, file_
 from srl_jax.records import SCHEMA_VERSION
 from srl_jax.rewards import REWARD_VERSION
 from srl_jax.sandbox.engine import EngineResult, Status
-from srl_jax.sandbox.runner import ENV_REPORT_VERSION, Sandbox, SandboxConfig
+from srl_jax.sandbox.runner import ENV_REPORT_VERSION, Sandbox
 from srl_jax.trace import Action
 
 log = logging.getLogger(__name__)
@@ -348,7 +349,7 @@ def prepare(
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Journal(out.with_name(out.name + ".journal")) as journal,
-        Sandbox(SandboxConfig(slots=config.workers)) as sandbox,
+        open_sandbox(config.workers) as sandbox,
         Progress(*columns) as progress,
         collector or open_collector(None, None) as asked,
         closing(open_executor(executor, sandbox, cluster)) as workers,

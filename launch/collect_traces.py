@@ -17,10 +17,10 @@ from data_pipeline.config import DataSetConfig, validate
 from data_pipeline.drift import report
 from data_pipeline.errors import DataError
 from data_pipeline.executor import LocalExecutor
+from data_pipeline.limits import open_sandbox
 from data_pipeline.raw_store import RawStore
 from data_pipeline.survey import conclude, count_up, survey
 from srl_jax import cli
-from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of a data set, for its tasks.")
 _TEACHER = flags.DEFINE_string("teacher", None, "Teachers, such as configs/teacher.yaml.")
@@ -32,7 +32,7 @@ flags.mark_flags_as_required(["config", "teacher", "store"])
 def main() -> int:
     config, folder = _CONFIG.value, Path(_STORE.value)
     validate(config)
-    with Sandbox(SandboxConfig(slots=config.workers)) as sandbox, open_collector(Path(_TEACHER.value), folder) as asked:
+    with open_sandbox(config.workers) as sandbox, open_collector(_TEACHER.value, folder) as asked:
         judged = survey(config, asked, _TASKS.value, LocalExecutor(sandbox))
         tally = count_up(track(judged, "ask and judge", total=_TASKS.value))
     with RawStore(folder) as store:

@@ -101,6 +101,7 @@ class SamplingSettings(Section):
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
+    slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
 
 
 @dataclasses.dataclass

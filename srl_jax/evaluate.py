@@ -96,10 +96,13 @@ def evaluate(
     Returns the evaluation as JSON data: `name`, `config`, `metrics`, and one entry in `items` for each task.
     """
     shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
-    size = -(-min(config.eval.batch_size, len(records)) // shards) * shards
+    # `width` prompts are decoded at once; up to four times as many wait their turn. All turns are equally long.
+    width = -(-min(config.eval.batch_size, len(records)) // shards) * shards
+    turns = -(-len(records) // (4 * width))
+    size = -(-len(records) // (turns * width)) * width
     greedy = dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=0.0))
     variables = student.sampling_variables(lora)
-    settings = StepSettings(temperature=1.0, micro_batch=size)
+    settings = StepSettings(temperature=1.0, micro_batch=width)
     items: list[dict] = []
     timing: Counter = Counter()
     started = time.perf_counter()
@@ -111,7 +114,7 @@ def evaluate(
         groups = sample_groups(
             greedy, variables, filled, prompts, jax.random.key(0), service,
             group_size=1, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
-            reference=lora is not None,
+            reference=lora is not None, slots=width,
         )  # fmt: skip
         for i, record in enumerate(batch):
             mask = groups.arrays["mask"][i, 0]

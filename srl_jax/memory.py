@@ -7,6 +7,7 @@ for the devices at hand, from shapes alone, and asked what they need beside thei
 import dataclasses
 import math
 import os
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import optax
 from srl_jax import grammar
 from srl_jax.config import TrainConfig, validate
 from srl_jax.model.decoder import abstract_variables
-from srl_jax.sampling import sample
+from srl_jax.sampling import decode, prefill, row_keys
 from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
 from srl_jax.student import Student, plan_student
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, make_optimizer, reference_logprobs, train_step
@@ -111,10 +112,22 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     settings = StepSettings(micro_batch=config.grpo.micro_batch)
     merged = student.params["embedding"].dtype == jnp.float32  # see Student.sampling_variables
     variables = {"params": student.params} | ({} if merged else {"lora": lora})
-    sampler = sample.lower(
-        student.decoder, variables, automaton, batch.prompt_tokens, batch.prompt_lengths, jax.random.key(0),
+    slots = config.sampling.slots or config.data.prompts_per_step
+    tokens, lengths = (
+        jax.ShapeDtypeStruct((min(slots, x.shape[0]), *x.shape[1:]), x.dtype, sharding=x.sharding)
+        for x in (batch.prompt_tokens, batch.prompt_lengths)
+    )
+    keys = jax.eval_shape(partial(row_keys, rows=lengths.shape[0] * config.grpo.group_size), jax.random.key(0))
+    start = prefill.lower(
+        student.decoder, variables, automaton, tokens, lengths, keys,
         group_size=config.grpo.group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
     )  # fmt: skip
+    started = start.compile()
+    flight = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        start.out_info, started.output_shardings,
+    )  # fmt: skip
+    turns = decode.lower(student.decoder, variables, automaton, flight, 0, 0, settings=student.sampling)
     reference = reference_logprobs.lower(student.decoder, student.params, automaton, batch, settings=settings)
     update = train_step.lower(
         state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
@@ -122,16 +135,16 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
     batch_bytes = device_bytes(batch)
     programs = {
-        "sample": _beside_inputs(sampler) + own_copy,
-        "reference": _beside_inputs(reference) + batch_bytes,
-        "update": _beside_inputs(update) + batch_bytes,
+        "sample": max(_beside_inputs(started), device_bytes(flight) + _beside_inputs(turns.compile())) + own_copy,
+        "reference": _beside_inputs(reference.compile()) + batch_bytes,
+        "update": _beside_inputs(update.compile()) + batch_bytes,
     }
     return Plan(resident, programs, device_limit() if limit is None else limit, jax.default_backend())
 
 
-def _beside_inputs(lowered: jax.stages.Lowered) -> int:
+def _beside_inputs(compiled: jax.stages.Compiled) -> int:
     """Temporaries and outputs of a compiled function; donated inputs that become outputs count once, as inputs."""
-    analysis = lowered.compile().memory_analysis()
+    analysis = compiled.memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 

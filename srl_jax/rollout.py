@@ -155,10 +155,12 @@ def sample_groups(
     settings: StepSettings,
     timing: Counter,
     reference: bool = True,
+    slots: int = 0,
 ) -> Groups:
     """Samples and scores one group per record; rewards are computed while the device scores the reference.
 
     `reference=False` is for the base itself: its log-probs are the reference's, so `ref` repeats `logprobs`.
+    `slots`: prompts decoded at once, see `sampling.sample`.
     """
     started = time.perf_counter()
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
@@ -173,6 +175,7 @@ def sample_groups(
         group_size=group_size,
         settings=student.sampling,
         pad_id=student.tokenizer.pad_id,
+        slots=slots,
     )
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
     arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
@@ -229,6 +232,7 @@ def collect_rollouts(
         groups = sample_groups(
             student, variables, batch_records, prompts, jax.random.fold_in(key, attempt), service,
             group_size=c.group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+            slots=config.sampling.slots,
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups
         informative = _informative(drawn, config)

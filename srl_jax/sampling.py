@@ -2,7 +2,8 @@
 
 The distribution sampled is the model's, renormalised over the tokens the grammar allows, at the sampling
 temperature; the log-probs returned are those of that same distribution, so training uses exactly what was sampled.
-No host call is made per token.
+No host call is made per token: the loop comes back to the host only when slots have become free for waiting prompts, or
+when so few rows are left that a smaller batch finishes them sooner.
 """
 
 import dataclasses
@@ -11,12 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
-from srl_jax.model.decoder import Decoder, encode_prompts, init_cache, logits
+from srl_jax.model.decoder import Decoder, Prefix, encode_prompts, init_cache, logits
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
+# Below so many rows a decode step costs what reading the weights costs, so a still smaller batch gains nothing.
+_LEAST_ROWS = 8
+_FAR = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +79,170 @@ def draw(probs: Float[Array, "B V"], u: Float[Array, "B 2"]) -> Int[Array, "B"]:
     return block * _BLOCK + within
 
 
+class Flight(NamedTuple):
+    """P slots of G rows in mid-decode: B = P*G, row b in slot b // G.
+
+    The cache is a ring of T columns: all rows write column `step % T`, and a row sees the `age` columns before it. So a
+    slot can be given to a new prompt at any step, and nothing of the one before is seen.
+    """
+
+    prefix: Prefix
+    lengths: Int[Array, "P"]
+    cache: dict
+    step: Int[Array, ""]
+    keys: Array  # [B], one PRNG key a row
+    token: Int[Array, "B"]  # the last one, the next input
+    state: grammar.GrammarState  # fields [B]
+    age: Int[Array, "B"]  # tokens drawn so far
+    done: Bool[Array, "B"]
+    tokens: Int[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+
+
+_ROW_FIELDS = ("keys", "token", "state", "age", "done", "tokens", "logprobs")
+
+
 @partial(jax.jit, static_argnames=("decoder", "group_size", "settings", "pad_id"))
-def sample(
+def prefill(
     decoder: Decoder,
     variables: dict,
     automaton: grammar.TokenAutomaton,
     prompt_tokens: Int[Array, "P Lp"],
     prompt_lengths: Int[Array, "P"],
+    keys: Array,
+    *,
+    group_size: int,
+    settings: SamplingConfig,
+    pad_id: int,
+) -> Flight:
+    """Encodes each prompt once and readies `group_size` rows for it; `keys` [P*G] is each row's own."""
+    b, t_max = keys.shape[0], settings.max_new_tokens
+    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+    return Flight(
+        prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths),
+        lengths=prompt_lengths,
+        cache=init_cache(decoder.config, b, t_max, variables["params"]["embedding"].dtype),
+        step=jnp.int32(0),
+        keys=keys,
+        token=jnp.repeat(last, group_size),
+        state=grammar.initial_state(automaton, b, t_max, settings.max_think_tokens),
+        age=jnp.zeros((b,), jnp.int32),
+        done=jnp.zeros((b,), bool),
+        tokens=jnp.full((b, t_max), pad_id, jnp.int32),
+        logprobs=jnp.zeros((b, t_max), jnp.float32),
+    )
+
+
+@partial(jax.jit, static_argnames=("decoder", "settings"), donate_argnames=("flight",))
+def decode(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    flight: Flight,
+    few_slots: Int[Array, ""] | int = 0,
+    few_rows: Int[Array, ""] | int = 0,
+    *,
+    settings: SamplingConfig,
+) -> Flight:
+    """Draws tokens until all rows are done, at most `few_slots` slots are busy, or none has over `few_rows` rows left.
+
+    `flight` is donated: its cache is written in place.
+    """
+    slots, rows = flight.lengths.shape[0], flight.token.shape[0]
+    group_size = rows // slots
+    greedy = settings.temperature == 0.0
+
+    def body(flight: Flight) -> Flight:
+        positions = jnp.repeat(flight.lengths - 1, group_size) + flight.age
+        column = flight.step % settings.max_new_tokens
+        (hidden, _), updated = decoder.apply(
+            {**variables, "cache": flight.cache},
+            flight.token[:, None], positions[:, None], flight.prefix, column, flight.age, mutable=["cache"],
+        )  # fmt: skip
+        scores = logits(decoder.config, variables["params"], hidden[:, 0])
+        allowed = grammar.allowed_tokens(automaton, flight.state)
+        scores = jnp.where(allowed, scores if greedy else scores / settings.temperature, -jnp.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        if greedy:
+            chosen = jnp.argmax(scores, axis=-1)
+        else:
+            uniforms = jax.vmap(lambda key, age: jax.random.uniform(jax.random.fold_in(key, age), (2,)))
+            chosen = draw(weights, uniforms(flight.keys, flight.age))
+        chosen = chosen.astype(jnp.int32)
+        score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
+        logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
+        # A finished row writes nowhere and keeps its state; what it would do with padding must not matter.
+        at = (jnp.arange(rows), jnp.where(flight.done, _FAR, flight.age))
+        following = grammar.advance(automaton, flight.state, chosen)
+        state = jax.tree.map(lambda old, new: jnp.where(flight.done, old, new), flight.state, following)
+        return flight._replace(
+            cache=updated["cache"],
+            step=flight.step + 1,
+            token=chosen,
+            state=state,
+            age=flight.age + ~flight.done,
+            done=flight.done | grammar.is_done(automaton, state),
+            tokens=flight.tokens.at[at].set(chosen, mode="drop"),
+            logprobs=flight.logprobs.at[at].set(logprob, mode="drop"),
+        )
+
+    def running(flight: Flight) -> Bool[Array, ""]:
+        alive = (~flight.done).reshape(slots, group_size).sum(axis=1)
+        return (alive.max() > few_rows) & ((alive > 0).sum() > few_slots)
+
+    return jax.lax.while_loop(running, body, flight)
+
+
+@partial(jax.jit, donate_argnames=("flight",))
+def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
+    """`flight` with the new prompts of `fresh` in the given slots; a slot number out of range is a prompt too many."""
+    group_size = flight.token.shape[0] // flight.lengths.shape[0]
+    rows = (slots[:, None] * group_size + jnp.arange(group_size)[None, :]).reshape(-1)
+    by_slot, by_row = partial(_put, at=slots, axis=0), partial(_put, at=rows, axis=0)
+    return flight._replace(
+        prefix=Prefix(
+            _put(flight.prefix.k, fresh.prefix.k, at=slots, axis=1),
+            _put(flight.prefix.v, fresh.prefix.v, at=slots, axis=1),
+            by_slot(flight.prefix.mask, fresh.prefix.mask),
+        ),
+        lengths=by_slot(flight.lengths, fresh.lengths),
+        **{name: jax.tree.map(by_row, getattr(flight, name), getattr(fresh, name)) for name in _ROW_FIELDS},
+    )
+
+
+def _put(old: Array, new: Array, *, at: Int[Array, "R"], axis: int) -> Array:
+    return old.at[(slice(None),) * axis + (at,)].set(new, mode="drop")
+
+
+@jax.jit
+def _compact(flight: Flight, slots: Int[Array, "P2"], members: Int[Array, "P2 G2"]) -> Flight:
+    """The given slots, and of each the given members, as a smaller flight."""
+    group_size = flight.token.shape[0] // flight.lengths.shape[0]
+    rows = (slots[:, None] * group_size + members).reshape(-1)
+    prefix = Prefix(flight.prefix.k[:, slots], flight.prefix.v[:, slots], flight.prefix.mask[slots])
+    return flight._replace(
+        prefix=prefix,
+        lengths=flight.lengths[slots],
+        cache=jax.tree.map(lambda x: x[:, rows], flight.cache),
+        **{name: jax.tree.map(lambda x: x[rows], getattr(flight, name)) for name in _ROW_FIELDS},
+    )
+
+
+def sample(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    prompt_tokens: Int[Array, "N Lp"],
+    prompt_lengths: Int[Array, "N"],
     key: Array,
     *,
     group_size: int,
     settings: SamplingConfig,
     pad_id: int,
+    slots: int = 0,
 ) -> Completions:
-    """Draws `group_size` completions for each prompt.
+    """Draws `group_size` completions for each of N prompts.
 
     Args:
       variables: `{"params": ...}`, and `{"lora": ...}` when the adapters are not merged into the params.
@@ -95,58 +250,75 @@ def sample(
       prompt_tokens, prompt_lengths: right-padded prompts of at least two tokens.
       key: one JAX PRNG key; with the same key a row gets the same tokens whatever else is in the batch.
       pad_id: written after a completion's end.
+      slots: prompts decoded at once; the others wait until all of a group is done. 0: all N.
     """
-    p, _ = prompt_tokens.shape
-    b, t_max = p * group_size, settings.max_new_tokens
-    params = variables["params"]
-    keys = row_keys(key, b)
-    prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths)
-    cache = init_cache(decoder.config, b, t_max, params["embedding"].dtype)
-    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
-    greedy = settings.temperature == 0.0
+    count = prompt_tokens.shape[0]
+    keys = row_keys(key, count * group_size)
+    start = partial(prefill, decoder, variables, automaton, group_size=group_size, settings=settings, pad_id=pad_id)
+    go_on = partial(decode, decoder, variables, automaton, settings=settings)
+    if jax.process_count() > 1:
+        # Rows live on other hosts too, and all hosts must take the same turns: one loop to the end.
+        return _completions(automaton, go_on(start(prompt_tokens, prompt_lengths, keys)), count)
 
-    def body(carry):
-        step, token, state, done, cache, out = carry
-        positions = jnp.repeat(prompt_lengths - 1, group_size) + step
-        (hidden, _), updated = decoder.apply(
-            {**variables, "cache": cache}, token[:, None], positions[:, None], prefix, step, mutable=["cache"]
-        )
-        scores = logits(decoder.config, params, hidden[:, 0])
-        allowed = grammar.allowed_tokens(automaton, state)
-        scores = jnp.where(allowed, scores if greedy else scores / settings.temperature, -jnp.inf)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        if greedy:
-            chosen = jnp.argmax(scores, axis=-1)
+    width = min(slots or count, count)
+    if width < count:
+        # Chosen from anew at every intake.
+        prompt_tokens, prompt_lengths = np.asarray(prompt_tokens), np.asarray(prompt_lengths)
+    one_device = len(jax.tree.leaves(variables)[0].sharding.device_set) == 1
+    flight = start(prompt_tokens[:width], prompt_lengths[:width], keys[: width * group_size])
+    # Which of the N*G completions each row of the flight is.
+    origin = np.arange(width * group_size).reshape(width, group_size)
+    waiting, intake = list(range(width, count)), max(1, width // 4)
+    out: dict[str, np.ndarray] = {}
+    while True:
+        p, g = origin.shape
+        if waiting:
+            few = (p - min(intake, len(waiting)), 0)
+        elif p * g > _LEAST_ROWS:
+            few = (p // 2 if one_device else 0, g // 2)
         else:
-            uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step), (2,)))(keys)
-            chosen = draw(weights, uniforms)
-        chosen = chosen.astype(jnp.int32)
-        score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
-        logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
-        chosen = jnp.where(done, pad_id, chosen)
-        out = {
-            "tokens": out["tokens"].at[:, step].set(chosen),
-            "mask": out["mask"].at[:, step].set(~done),
-            "logprobs": out["logprobs"].at[:, step].set(jnp.where(done, 0.0, logprob)),
-        }
-        following = grammar.advance(automaton, state, chosen)
-        # A finished row keeps its state; what it would do with padding must not matter.
-        state = jax.tree.map(lambda old, new: jnp.where(done, old, new), state, following)
-        return step + 1, chosen, state, done | grammar.is_done(automaton, state), updated["cache"], out
+            few = (0, 0)
+        flight = go_on(flight, *few)
+        drawn = _completions(automaton, flight, p)
+        alive = ~np.asarray(flight.done).reshape(p, g)
+        if not alive.any() and not waiting and not out:
+            return drawn
+        for name, array in drawn._asdict().items():
+            whole = out.setdefault(name, np.zeros((count * group_size, *array.shape[2:]), array.dtype))
+            whole[origin[~alive]] = np.asarray(array)[~alive]
+        if waiting:
+            free = np.flatnonzero(~alive.any(axis=1))[:intake]
+            taken, waiting = waiting[: len(free)], waiting[len(free) :]
+            # Always `intake` prompts, so that one shape is compiled; a copy's place is out of range.
+            chosen, places = np.resize(taken, intake), np.full(intake, p)
+            places[: len(taken)] = free[: len(taken)]
+            rows = chosen[:, None] * group_size + np.arange(group_size)[None, :]
+            fresh = start(prompt_tokens[chosen], prompt_lengths[chosen], keys[rows.reshape(-1)])
+            flight = _refill(flight, fresh, places)
+            origin[places[: len(taken)]] = rows[: len(taken)]
+        elif alive.any():
+            slots_left, members = _smaller(alive, divide_slots=one_device)
+            flight = _compact(flight, slots_left, members)
+            origin = np.take_along_axis(origin[slots_left], members, axis=1)
+        else:
+            return Completions(**{name: x.reshape(count, group_size, *x.shape[1:]) for name, x in out.items()})
 
-    def running(carry):
-        step, _, _, done, _, _ = carry
-        return (step < t_max) & ~jnp.all(done)
 
-    state = grammar.initial_state(automaton, b, settings.max_new_tokens, settings.max_think_tokens)
-    out = {
-        "tokens": jnp.full((b, t_max), pad_id, jnp.int32),
-        "mask": jnp.zeros((b, t_max), bool),
-        "logprobs": jnp.zeros((b, t_max), jnp.float32),
-    }
-    start = (jnp.int32(0), jnp.repeat(last, group_size), state, jnp.zeros((b,), bool), cache, out)
-    _, _, state, _, _, out = jax.lax.while_loop(running, body, start)
-    grouped = {name: array.reshape(p, group_size, t_max) for name, array in out.items()}
-    finished = state.state == automaton.end_state
-    return Completions(**grouped, finished=finished.reshape(p, group_size))
+def _smaller(alive: np.ndarray, *, divide_slots: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [P2] and their members [P2, G2] that hold all rows `alive` [P, G]; sizes by repeated halving."""
+    p, g = alive.shape
+    while divide_slots and p > 1 and alive.any(axis=1).sum() <= p // 2:
+        p //= 2
+    while g > 1 and alive.sum(axis=1).max() <= g // 2:
+        g //= 2
+    slots = np.argsort(~alive.any(axis=1), kind="stable")[:p]
+    members = np.argsort(~alive[slots], axis=1, kind="stable")[:, :g]
+    return slots, members
+
+
+def _completions(automaton: grammar.TokenAutomaton, flight: Flight, slots: int) -> Completions:
+    """What the rows of `flight` have drawn so far, by slot."""
+    columns = jnp.arange(flight.tokens.shape[1])[None, :]
+    finished = flight.state.state == automaton.end_state
+    flat = Completions(flight.tokens, columns < flight.age[:, None], flight.logprobs, finished)
+    return jax.tree.map(lambda x: x.reshape(slots, -1, *x.shape[1:]), flat)

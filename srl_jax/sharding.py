@@ -59,7 +59,7 @@ def check_divisible(mesh: Mesh, decoder: Decoder, prompts: int) -> None:
     """Raises `BadMesh` when heads, widths or the batch do not split evenly over the mesh."""
     shape, c = mesh.shape, decoder.config
     wants = [
-        ("prompts per micro-batch", prompts, shape["data"] * shape["fsdp"], "data*fsdp"),
+        ("prompts at once", prompts, shape["data"] * shape["fsdp"], "data*fsdp"),
         ("d_model", c.d_model, shape["fsdp"], "fsdp"),
         ("n_heads", c.n_heads, shape["tensor"], "tensor"),
         ("n_kv_heads", c.n_kv_heads, shape["tensor"], "tensor"),

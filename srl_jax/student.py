@@ -5,7 +5,6 @@ grammar always belong together.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -87,13 +86,40 @@ def plan_student(config: TrainConfig, mesh: Mesh) -> Student:
     return _assemble(config, mesh, tokenizer, decoder, params, "")
 
 
+# How a tag's new row is mixed, set where the untrained SmolLM2 closes `<think>` as often as it does with plain-text
+# tags (`launch/benchmark.py --parts=tags`; reports/benchmarks.md).
+_OWN_SHARE, _LEAD = 0.25, 1.0625
+
+
+def tag_rows(tokenizer: Tokenizer) -> dict[int, dict[int, float]]:
+    """What the embedding row of each tag that the vocabulary lacks is mixed from: {tag id: {source id: weight}}.
+
+    The first piece of a tag's text ("</" of "</think>") is the token whose probability decides whether a block is
+    closed, so the row starts from that piece's; a mean over all pieces closes 80 times too seldom. What tells one tag
+    from another is a share of its other pieces ("think", ">"), less what these are on average over the tags: without
+    it all closing tags would be one row, which no training of the layers below could tell apart. The lead lifts the
+    tag above the piece it copies, which a greedy tie would choose instead.
+    """
+    average = [piece for ids in tokenizer.tag_source_ids for piece in ids[1:]]
+    rows: dict[int, dict[int, float]] = {}
+    for tag, ids in zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False):
+        if tag not in tokenizer.added_tag_ids:
+            continue
+        mix = rows[tag] = dict.fromkeys((ids[0], *average), 0.0)
+        mix[ids[0]] += _LEAD
+        for pieces, sign in ((ids[1:], 1.0), (average, -1.0)):
+            for piece in pieces:
+                mix[piece] += sign * _LEAD * _OWN_SHARE / len(pieces)
+    return rows
+
+
 def _at(tree: dict, leaf: tuple[str, ...]):
     for key in leaf:
         tree = tree[key]
     return tree
 
 
-def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, dict[int, Sequence[int]], Decoder]:
+def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, hf.NewRows, Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
     random_tiny = source == assets.RANDOM_TINY
@@ -103,10 +129,7 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
-    # A tag's row starts as the row of the first piece of its text ("</" of "</think>"): that is the token whose
-    # probability decides whether a block is closed. Means over the pieces close 300 times too seldom.
-    pieces = dict(zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False))
-    new_rows = {tag: pieces[tag][:1] for tag in tokenizer.added_tag_ids}
+    new_rows = tag_rows(tokenizer)
     model = families.tiny(tokenizer.vocab_size) if random_tiny else hf.read_config(path, new_rows=new_rows)
     if model.vocab_size < tokenizer.vocab_size:
         raise hf.BadWeights(
@@ -114,7 +137,8 @@ def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, 
             "they do not belong together"
         )
     decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat)
-    sharding.check_divisible(mesh, decoder, config.grpo.micro_batch)
+    for prompts in (config.grpo.micro_batch, config.sampling.slots):
+        sharding.check_divisible(mesh, decoder, prompts)
     return None if random_tiny else path, tokenizer, new_rows, decoder
 
 

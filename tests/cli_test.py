@@ -98,6 +98,7 @@ def test_the_other_programs_refuse_alike(tmp_path):
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, section, field, value, error, words):
     config = tiny_config()
     config.grpo.micro_batch = config.data.prompts_per_step = 8
+    config.mesh.data = -1
     setattr(config.__dict__[section], field, value)
     with pytest.raises(error, match=re.escape(words)) as caught, Run(config, tmp_path / "run"):
         pass

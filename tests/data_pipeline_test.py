@@ -23,7 +23,7 @@ from data_pipeline.splits import SPLITS
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
 from data_pipeline.tasks.real import enclosing_function, find_files, read_files, real_draft
-from data_pipeline.tasks.state import advance, draw_prior
+from data_pipeline.tasks.state import advance, draw_prior, for_test_code
 from data_pipeline.teacher import NoAnswer, OracleTeacher, TeacherMix
 from data_pipeline.validate import Drop, validate
 from data_pipeline.write import begin
@@ -61,6 +61,11 @@ def test_a_drawn_state_makes_the_edit_the_next_thing_to_do():
     assert len(set(states)) > 100
     closed = [state for state in states if "app.py is outdated" in state.open_issues]
     assert 40 < len(closed) < 140
+
+
+def test_a_task_that_edits_tests_does_not_promise_to_leave_them():
+    prior = StateUpdate((), ("tests stay as they are", "no new imports"), ("a",), ("b",))
+    assert for_test_code(prior) == StateUpdate((), ("small diff", "no new imports"), ("a",), ("b",))
 
 
 # ------------------------------------------------------------------------------------------------- validation

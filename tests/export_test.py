@@ -19,6 +19,7 @@ from srl_jax.model import hf
 from srl_jax.model.decoder import Decoder, init_lora, logits, merge_lora
 from srl_jax.model.export import ExportError, export_adapter, export_merged
 from srl_jax.run import Run
+from srl_jax.student import tag_rows
 from tests.fakes import perturbed, tiny_config
 from tests.peers import greedy, peer
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -50,8 +51,7 @@ def trained(request, tmp_path_factory):
     tokenizer = tiny_tokenizer(300)
     vocabulary = tokenizer.vocab_size - 6 + _STUDENTS[request.param]
     peer(request.param, vocab_size=vocabulary).save_pretrained(base)
-    pieces = dict(zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=True))
-    config, params = hf.load_params(base, new_rows={tag: pieces[tag][:1] for tag in tokenizer.added_tag_ids})
+    config, params = hf.load_params(base, new_rows=tag_rows(tokenizer))
     decoder = Decoder(config, _RANK, _ALPHA)
     return _Trained(base, decoder, params, perturbed(init_lora(decoder, jax.random.key(0))), tokenizer)
 

@@ -195,18 +195,18 @@ def test_remat_changes_memory_not_numbers(small, remat):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_new_rows_are_the_mean_of_their_sources(tmp_path):
+def test_new_rows_are_the_mix_of_their_sources(tmp_path):
     make_peer("llama-untied").save_pretrained(tmp_path)
     _, plain = hf.load_params(tmp_path)
-    config, grown = hf.load_params(tmp_path, new_rows={96: [5], 97: [3], 98: [4, 6]})
+    config, grown = hf.load_params(tmp_path, new_rows={96: {5: 1.0}, 97: {3: 2.0}, 98: {4: 0.5, 6: 0.25}})
     assert config.vocab_size == 99
     for table in ("embedding", "head"):
         np.testing.assert_array_equal(grown[table][:96], plain[table][:96])
         np.testing.assert_array_equal(grown[table][96], plain[table][5])  # a spare row of a padded vocabulary
-        np.testing.assert_allclose(grown[table][97], plain[table][3])
-        np.testing.assert_allclose(grown[table][98], (plain[table][4] + plain[table][6]) / 2, rtol=1e-6)
+        np.testing.assert_allclose(grown[table][97], 2 * plain[table][3])
+        np.testing.assert_allclose(grown[table][98], plain[table][4] / 2 + plain[table][6] / 4, rtol=1e-6)
     with pytest.raises(hf.BadWeights, match="97 rows and the tokenizer adds ids"):
-        hf.load_params(tmp_path, new_rows={99: [3]})
+        hf.load_params(tmp_path, new_rows={99: {3: 1.0}})
 
 
 def test_a_sharded_index_gives_the_same_model(tmp_path):

@@ -85,6 +85,7 @@ def greedy(config, params, prompts, steps):
             jnp.broadcast_to(prompts.shape[1] - 1 + i, (prompts.shape[0], 1)),
             prefix,
             i,
+            jnp.broadcast_to(i, (prompts.shape[0],)),
             mutable=["cache"],
         )
         token = jnp.argmax(logits(config, params, hidden)[:, 0], axis=-1)

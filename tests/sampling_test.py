@@ -1,6 +1,7 @@
 """Samples follow the masked distribution, rows keep to themselves, and the trainer agrees with the sampler."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from srl_jax import grammar
+from srl_jax import grammar, sampling
 from srl_jax.model.decoder import completion_hidden
 from srl_jax.rollout import decode_completions, make_batch
 from srl_jax.sampling import draw, sample
 from srl_jax.student import pad_prompts
 from srl_jax.trace import parse_trace
 from srl_jax.train_step import policy_logprobs
-from tests.fakes import perturbed, tiny_student
+from tests.fakes import perturbed, tiny_config, tiny_student
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def _prompts(count, width=24, seed=0):
     return pad_prompts(rows, width, 0)
 
 
-def _sample(student, lora, prompts, key=0, group_size=4, **changes):
+def _sample(student, lora, prompts, key=0, group_size=4, slots=0, **changes):
     tokens, lengths = prompts
     return sample(
         student.decoder,
@@ -46,6 +47,7 @@ def _sample(student, lora, prompts, key=0, group_size=4, **changes):
         group_size=group_size,
         settings=dataclasses.replace(student.sampling, **changes),
         pad_id=student.tokenizer.pad_id,
+        slots=slots,
     )
 
 
@@ -138,3 +140,64 @@ def test_an_unfinished_free_sample_is_cut_at_the_budget(student, lora):
     mask = np.asarray(drawn.mask)
     assert (np.diff(mask.astype(int), axis=-1) <= 0).all()  # padding only after the end
     assert (np.asarray(drawn.tokens)[~mask] == student.tokenizer.pad_id).all()
+
+
+def _ending_often(student, one_in):
+    """Free sampling that ends at every token whose id divides by `one_in`: rows of very different lengths."""
+    free = grammar.free_automaton(student.tokenizer)
+    ids = np.arange(free.kind_of_token.shape[0])
+    end = free.kind_of_token[student.tokenizer.eos_id]
+    return dataclasses.replace(free, kind_of_token=jnp.where(ids % one_in == 0, end, free.kind_of_token))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "group_size", "slots", "refills", "compactions"),
+    [(5, 4, 0, 0, 1), (7, 3, 3, 1, 0), (12, 1, 0, 0, 1), (9, 2, 8, 1, 1), (6, 4, 5, 1, 1)],
+)
+def test_neither_waiting_nor_compaction_changes_a_token(
+    student, lora, monkeypatch, prompts, group_size, slots, refills, compactions
+):
+    seen = {"_refill": 0, "_compact": 0}
+    for name in seen:
+
+        def counted(name, own, *args):
+            seen[name] += 1
+            return own(*args)
+
+        monkeypatch.setattr(sampling, name, functools.partial(counted, name, getattr(sampling, name)))
+    automaton = _ending_often(student, 12)
+    given = {"automaton": automaton, "max_new_tokens": 24, "group_size": group_size}
+    drawn = _sample(student, lora, _prompts(prompts), key=3, slots=slots, **given)
+    assert seen["_refill"] >= refills and seen["_compact"] >= compactions
+    lengths = np.asarray(drawn.mask).sum(-1)
+    assert lengths.min() < 6 and lengths.max() > 12
+    before = dict(seen)
+    monkeypatch.setattr(sampling, "_LEAST_ROWS", 1000)
+    plain = _sample(student, lora, _prompts(prompts), key=3, **given)
+    assert seen == before
+    np.testing.assert_array_equal(drawn.tokens, plain.tokens)
+    np.testing.assert_array_equal(drawn.mask, plain.mask)
+    np.testing.assert_array_equal(drawn.finished, plain.finished)
+    np.testing.assert_allclose(drawn.logprobs, plain.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(drawn.logprobs)[~np.asarray(drawn.mask)], 0)
+
+
+def test_windows_are_kept_in_a_ring_that_turns(lora):
+    config = tiny_config()
+    student = tiny_student(config)
+    windowed = student.decoder.clone(config=dataclasses.replace(student.decoder.config, windows=(4, 0)))
+    student = dataclasses.replace(student, decoder=windowed)
+    given = {"automaton": _ending_often(student, 12), "max_new_tokens": 16, "group_size": 2}
+    drawn = _sample(student, lora, _prompts(6), key=1, slots=2, **given)
+    plain = _sample(student, lora, _prompts(6), key=1, **given)
+    np.testing.assert_array_equal(drawn.tokens, plain.tokens)
+
+
+def test_the_same_shapes_are_compiled_once(student, lora):
+    given = {"automaton": _ending_often(student, 12), "max_new_tokens": 24, "group_size": 3, "slots": 3}
+    _sample(student, lora, _prompts(8), key=0, **given)
+    before = sampling.decode._cache_size(), sampling.prefill._cache_size(), sampling._refill._cache_size()
+    for key in range(1, 5):
+        _sample(student, lora, _prompts(8, seed=key), key=key, **given)
+    after = sampling.decode._cache_size(), sampling.prefill._cache_size(), sampling._refill._cache_size()
+    assert after[1:] == before[1:] and after[0] <= before[0] + 2  # smaller batches may come up for the first time

@@ -5,6 +5,7 @@ docs/tpu.md says what to run there.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import export
 
 from srl_jax import sharding
 from srl_jax.rollout import _states, make_batch
-from srl_jax.sampling import sample
+from srl_jax.sampling import decode, prefill, row_keys
 from srl_jax.student import _merge, pad_prompts
 from srl_jax.train_step import StepSettings, TrainState, make_optimizer, reference_logprobs, train_step
 from tests.fakes import tiny_config, tiny_student
@@ -58,10 +59,13 @@ def _batch(student):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_sampler(student, adapted):
     variables = {"params": student.params} | ({"lora": student.fresh_lora(0)} if adapted else {})
+    start = functools.partial(prefill, group_size=_G, settings=student.sampling, pad_id=0)
+    flight = start(
+        student.decoder, variables, student.automaton, *_prompts(student), row_keys(jax.random.key(0), _P * _G)
+    )
     text = _lowered(
-        student, sample, student.decoder, variables, student.automaton, *_prompts(student), jax.random.key(0),
-        group_size=_G, settings=student.sampling, pad_id=0,
-    )  # fmt: skip
+        student, decode, student.decoder, variables, student.automaton, flight, 0, 0, settings=student.sampling
+    )
     assert "stablehlo.while" in text  # the whole decode loop, not one step of it
 
 

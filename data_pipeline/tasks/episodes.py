@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from data_pipeline.tasks.generated import sentence, test_spec
 from data_pipeline.tasks.rule import PLACEHOLDER, Draft, Rule, Scene, before_and_after, fill
-from data_pipeline.tasks.state import advance, draw_plan
+from data_pipeline.tasks.state import advance, draw_plan, for_test_code
 from data_pipeline.tasks.vocabulary import draw
 from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import EpisodeStep, SourceFile, Task
@@ -106,6 +106,8 @@ def _sweep(rng: random.Random, rule: Rule, wanted: int) -> list[_Part]:
 def _drafts(rng: random.Random, parts: Sequence[_Part], episode_id: str, max_excerpt: int) -> list[Draft]:
     files = {path: text for part in parts for path, text in (*part.before.items(), *part.tests.items())}
     state = draw_plan(rng, [part.path for part in parts])
+    if any(part.rule.kind == "assert" for part in parts):
+        state = for_test_code(state)
     drafts: list[Draft] = []
     tests: list[SourceFile] = []
     for step, part in enumerate(parts, 1):

@@ -164,8 +164,8 @@ RULES = (
             "Use the factory method `«Noun».of` wherever `new «Noun»(...)` stands",
         ),
         think=(
-            "The «Noun» constructor is private now. Match its creation and hand the arguments to the factory of.",
-            "Match new «Noun» with any arguments and call the factory method of instead.",
+            "The «Noun» constructor is private now. Match its creation and hand the arguments to «Noun».of.",
+            "Match new «Noun» with any arguments and hand them to «Noun».of.",
         ),
         decision="create «Noun» by its factory",
         keep="keep the constructor of «Noun2»",

@@ -12,7 +12,7 @@ from textwrap import dedent
 
 from data_pipeline.tasks.generated import sentence
 from data_pipeline.tasks.rule import Draft, Rule, fill
-from data_pipeline.tasks.state import draw_prior
+from data_pipeline.tasks.state import draw_prior, for_test_code
 from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import SourceFile, Task
 from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status
@@ -171,9 +171,11 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
     if not shown:
         return "long_line"
     keep = rule.keep if "«" not in rule.keep else "keep other calls"
+    instruction = f"{sentence(rng.choice(rule.instructions))} {sentence(keep)}"
+    prior = draw_prior(rng, path)
     task = Task(
         task_id=f"{rule.name}/real/{index:05d}",
-        instruction=f"{sentence(rng.choice(rule.instructions))} {sentence(keep)}",
+        instruction=instruction,
         language=rule.language,
         slice=f"{rule.language}/real",
         rule=rule.name,
@@ -181,7 +183,7 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
         source="real",
         files=(SourceFile(path, text),),
         context=(SourceFile(path, shown),),
-        prior_state=draw_prior(rng, path),
+        prior_state=for_test_code(prior) if "test" in path.lower() else prior,
         tests=None,
         expected=(SourceFile(path, after),),
     )

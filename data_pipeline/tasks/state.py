@@ -7,15 +7,17 @@ prompt, which shows the prior state, and from the rewrite.
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from srl_jax.trace import StateUpdate
 
+_TESTS_STAY = "tests stay as they are"
 _CONSTRAINTS = (
     "keep public names",
     "no new imports",
     "small diff",
     "same behaviour elsewhere",
-    "tests stay as they are",
+    _TESTS_STAY,
     "no new dependencies",
     "keep line order",
     "no comments removed",
@@ -57,6 +59,13 @@ def draw_plan(rng: random.Random, paths: Sequence[str]) -> StateUpdate:
         constraints=(rng.choice(_CONSTRAINTS),),
         open_issues=(*map(issue_about, paths), *((rng.choice(_ISSUES),) if rng.random() < 0.25 else ())),
         next_focus=(*(f"edit {path}" for path in paths), rng.choice(_PLANS)),
+    )
+
+
+def for_test_code(state: StateUpdate) -> StateUpdate:
+    """`state` without the promise to leave tests alone, for a task that edits tests."""
+    return replace(
+        state, constraints=tuple("small diff" if item == _TESTS_STAY else item for item in state.constraints)
     )
 
 

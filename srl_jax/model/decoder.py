@@ -81,9 +81,9 @@ class Scene(NamedTuple):
 
     cos: Float[Array, "R B T half"]
     sin: Float[Array, "R B T half"]
-    distance: Int[Array, "1 T S"]
+    distance: Int[Array, "#B T S"]
     prefix_distance: Int[Array, "P #G #T Lp"] | None
-    step: Int[Array, ""] | None
+    column: Int[Array, ""] | None  # of the cache, to write to
 
 
 def _prefix_distance(config: ModelConfig, prefix: Prefix, positions: Int[Array, "B T"]) -> Int[Array, "P #G #T Lp"]:
@@ -186,7 +186,7 @@ class Block(nn.Module):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
-            at = (layer.index, 0, 0, scene.step, 0)
+            at = (layer.index, 0, 0, scene.column, 0)
             cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
             cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
             k = jax.lax.dynamic_index_in_dim(cache_k.value, layer.index, keepdims=False).astype(k.dtype)
@@ -231,13 +231,15 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         prefix: Prefix | None = None,
-        step: Int[Array, ""] | None = None,
+        column: Int[Array, ""] | None = None,
+        age: Int[Array, "B"] | None = None,
         return_kv: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B K T H"], Float[Array, "L B K T H"]] | None]:
         """Final-norm hidden states of `tokens`, and with `return_kv` every layer's keys and values.
 
         Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
-        collection (`init_cache`), T must be 1: the token is written at column `step` and sees columns 0..step.
+        collection (`init_cache`), T must be 1: the token is written at `column` of the ring and sees it and the `age`
+        columns before it.
         In both cases it sees all real positions of its row's prompt in `prefix`. Windowed layers see the nearest of
         these only, by position: a row's own positions are consecutive, a prompt's start at 0.
         """
@@ -251,11 +253,13 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         frequencies = jnp.asarray(rope_tables(c))[:, None, None, :]
         angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
-        if step is None:
+        if column is None:
             columns = jnp.arange(tokens.shape[1])
             distance = columns[None, :, None] - columns[None, None, :]
         else:
-            distance = (step - jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3]))[None, None, :]
+            width = self.variables["cache"]["layers"]["keys"].shape[3]
+            back = ((column - jnp.arange(width)) % width)[None, :]
+            distance = jnp.where(back <= age[:, None], back, -1)[:, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
         layers = nn.scan(
@@ -269,7 +273,7 @@ class Decoder(nn.Module):
         )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
         prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
-        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, step)
+        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, column)
         x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 

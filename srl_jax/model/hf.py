@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
+
+NewRows = Mapping[int, Mapping[int, float]]  # id of a token that the tokenizer adds -> {source id: weight}
 
 # Our leaf -> (Hugging Face name, GGUF name). {i} is the layer. Linear weights are stored [out, in] in both.
 _LAYER_NAMES = {
@@ -142,7 +144,7 @@ def leaf_dtype(leaf: tuple[str, ...], dtype):
     return jnp.float32 if leaf[-1] == "scale" else dtype
 
 
-def read_config(path: str | Path, *, new_rows: Mapping[int, Sequence[int]] | None = None) -> ModelConfig:
+def read_config(path: str | Path, *, new_rows: NewRows | None = None) -> ModelConfig:
     """The configuration that `load_params` would return, without the weights."""
     with _open(Path(path)) as source:
         config = source.config
@@ -181,8 +183,11 @@ def _fetch(source, names: tuple[str, str], shape: tuple[int, ...], transpose: bo
     return array
 
 
-def _set_rows(table: np.ndarray, new_rows: Mapping[int, Sequence[int]]) -> np.ndarray:
-    rows = {i: table[list(source)].mean(axis=0).astype(table.dtype) for i, source in new_rows.items()}
+def _set_rows(table: np.ndarray, new_rows: NewRows) -> np.ndarray:
+    rows = {
+        i: np.einsum("s,sd->d", np.asarray([*mix.values()], np.float32), table[[*mix]].astype(np.float32))
+        for i, mix in new_rows.items()
+    }
     fresh = _rows_after(table.shape[0], new_rows) - table.shape[0]
     grown = np.concatenate([table, np.zeros((fresh, table.shape[1]), table.dtype)])
     for i, row in rows.items():
@@ -190,7 +195,7 @@ def _set_rows(table: np.ndarray, new_rows: Mapping[int, Sequence[int]]) -> np.nd
     return grown
 
 
-def _rows_after(rows: int, new_rows: Mapping[int, Sequence[int]]) -> int:
+def _rows_after(rows: int, new_rows: NewRows) -> int:
     beyond = sorted(i for i in new_rows if i >= rows)
     if beyond != list(range(rows, rows + len(beyond))):
         raise BadWeights(
@@ -207,7 +212,7 @@ def load_params(
     path: str | Path,
     *,
     dtype=jnp.float32,
-    new_rows: Mapping[int, Sequence[int]] | None = None,
+    new_rows: NewRows | None = None,
     place: Place | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Reads a model: its configuration and its `params` tree.
@@ -215,8 +220,8 @@ def load_params(
     Args:
       path: a `.gguf` file or a Hugging Face directory.
       dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
-      new_rows: id of each token that the tokenizer adds -> its source ids; its embedding (and head) row becomes the
-        mean of theirs. Some tables have spare rows at the end for it; where they have not, they grow.
+      new_rows: id of each token that the tokenizer adds -> {source id: weight}; its embedding (and head) row becomes
+        that mix of the sources' rows. Some tables have spare rows at the end for it; where they have not, they grow.
       place: default: onto the default device.
 
     Raises:
