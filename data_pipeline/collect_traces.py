@@ -13,9 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.endpoint import EndpointTeacher
 from data_pipeline.errors import DataError
-from data_pipeline.paraphrase import ParaphrasingTeacher
 from data_pipeline.raw_store import RawStore
 from data_pipeline.tasks.rule import Draft
 from data_pipeline.teacher import Answer, NoAnswer, OracleTeacher, Teacher, TeacherMix
@@ -97,6 +95,10 @@ def open_collector(config_path: str | Path | None, store_folder: str | Path | No
     config = load_teacher_config(Path(config_path))
     if store_folder is None:
         raise DataError("a teacher's answers are kept for ever; give the folder for them with --store")
+    # Here: the client takes a second to import, and the oracle needs none.
+    from data_pipeline.endpoint import EndpointTeacher
+    from data_pipeline.paraphrase import ParaphrasingTeacher
+
     endpoints = {spec.name: EndpointTeacher(config, spec) for spec in config.teachers if spec.kind == "openai"}
     used = [spec for spec in config.teachers if spec.weight > 0]
     teachers: list[Teacher] = [endpoints.get(spec.name) or OracleTeacher() for spec in used]

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import fisher_exact
-
 # A share must move by so much, and so surely, all comparisons of a run together, before it is called drift.
 MIN_CHANGE = 0.02
 SIGNIFICANCE = 0.01
@@ -91,6 +89,8 @@ def compare(before: Tally, after: Tally) -> list[Drift]:
     A change counts when its share moved by `MIN_CHANGE` or more and Fisher's exact test gives it less than
     `SIGNIFICANCE` divided by the number of comparisons (Bonferroni).
     """
+    from scipy.stats import fisher_exact  # here: it takes a second, and most builds have nothing to compare with
+
     old, new = before.groups(), after.groups()
     pairs = [
         (where, reason)
