@@ -11,7 +11,7 @@ from data_pipeline.config import DataSetConfig
 
 
 def get_config() -> DataSetConfig:
-    config = DataSetConfig(tag="default-1", seed=0, train=10200, dev=400, test=400, workers=2)
+    config = DataSetConfig(tag="default-1", seed=0, train=10800, dev=400, test=400, workers=2)
     config.languages = ("python", "javascript", "typescript", "java")
     config.real_share, config.episode_share = 0.12, 0.3
     config.corpus, config.split_repositories, config.max_files = "default", True, 4000
