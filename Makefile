@@ -1,9 +1,9 @@
-# make test | make demo | make setup | make clean. Everything is installed into $(VENV); a second run starts at once.
+# make test | make demo | make bench | make setup | make clean. Everything is installed into $(VENV); a second run starts at once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: help setup test demo clean
+.PHONY: help setup test demo bench clean
 
 VENV ?= .venv
 # A GPU or TPU build of JAX as well: make setup EXTRAS=test,cuda12 (or cuda13, tpu).
@@ -33,6 +33,7 @@ $(INSTALLED): setup.cfg pyproject.toml third_party/constraints.txt
 
 test: $(INSTALLED)
 	@command -v node >/dev/null || echo "notice: no Node here, tests of JavaScript tasks are left out"
+	@command -v javac >/dev/null || echo "notice: no JDK here, tests of Java tasks are left out"
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
@@ -41,6 +42,11 @@ demo: $(DEMO_DATA)
 
 $(DEMO_DATA): configs/data_demo.py | $(INSTALLED)
 	$(BIN)/python launch/prepare_data.py --config=configs/data_demo.py --out=$(@D)
+
+# Beside its peers, which are installed for it; alone on the machine, or the times are worth little.
+bench: $(DEMO_DATA)
+	$(MAKE) setup EXTRAS=test,bench
+	$(BIN)/python launch/benchmark.py --out=runs/bench --compare=hf,trl,tunix --parts=workloads,grammar,tags,ablation
 
 # What was installed and cached; data/ and runs/ are yours.
 clean:

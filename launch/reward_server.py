@@ -6,18 +6,14 @@ Exit code: 0 stopped by a signal after answering what was taken, 2 a mistake in 
 """
 
 import os
-from contextlib import ExitStack
 
 from absl import flags
 from ml_collections import config_flags
 
-from srl_jax import assets, cli
+from srl_jax import cli
 from srl_jax.config import ConfigError, validate
-from srl_jax.embedding import load_embedder
-from srl_jax.sandbox import Sandbox
-from srl_jax.sandbox.service import RewardService
-from srl_jax.sandbox.wire import Contract
-from srl_jax.tokenizer import load_tokenizer
+from srl_jax.sandbox.hosting import open_host
+from srl_jax.sandbox.wire import SERVER_TOKEN
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file in configs/ with get_config().")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; the default takes this machine's clients only.")
@@ -29,25 +25,16 @@ def main() -> int:
     config = _CONFIG.value
     validate(config)
     try:
-        from srl_jax.sandbox import client, server
+        from srl_jax.sandbox import server
     except ModuleNotFoundError as error:
         raise ConfigError("", "server", f"{error}; pip install 'srl_jax[server]'") from error
-    token = os.environ.get(client.TOKEN_VARIABLE, "")
+    token = os.environ.get(SERVER_TOKEN, "")
     if len(token) < server.MIN_TOKEN_LENGTH:
-        raise ConfigError("", f"${client.TOKEN_VARIABLE}", f"set it to {server.MIN_TOKEN_LENGTH} characters or more")
-    tokenizer = load_tokenizer(assets.model_path(config.model.source), atomic_tags=config.model.atomic_tags)
-    reward, embedder = config.reward.build(), load_embedder()
-    count = lambda text: len(tokenizer.encode_text(text))
-    with ExitStack() as stack:
-        sandbox = stack.enter_context(Sandbox(config.sandbox.build()))
-        executing = {False: sandbox if reward.needs_execution else None, True: sandbox}
-        services = {
-            execute: stack.enter_context(RewardService(embedder, count, reward=reward, sandbox=used))
-            for execute, used in executing.items()
-        }
-        app = server.make_app(services, Contract(tokenizer.fingerprint, reward), token=token, runners=sandbox.runners)
-        slots = f"{config.sandbox.workers} slots, {sandbox.isolation}"
-        print(f"reward server on http://{_HOST.value}:{_PORT.value}, {slots}", flush=True)
+        raise ConfigError("", f"${SERVER_TOKEN}", f"set it to {server.MIN_TOKEN_LENGTH} characters or more")
+    with open_host(config) as host:
+        app = server.make_app(host.services, host.contract, token=token, runners=host.runners)
+        about = f"{config.sandbox.workers} slots, {host.isolation}"
+        print(f"reward server on http://{_HOST.value}:{_PORT.value}, {about}", flush=True)
         server.make_server(app, host=_HOST.value, port=_PORT.value).run()
     return 0
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 # The random small model borrows a real tokenizer, because the grammar, prompts and traces are real.
-RANDOM_TINY, TINY_TOKENIZER = "random:tiny", "smollm2-135m-instruct"
+RANDOM, RANDOM_TOKENIZER = "random:", "smollm2-135m-instruct"
 MANIFEST = Path(__file__).resolve().parents[1] / "third_party" / "manifest.toml"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -73,9 +73,9 @@ def fetch(name: str) -> Path:
 
 
 def model_path(source: str) -> Path:
-    """Where a model lies that is given as `asset:<name>`, a directory or a file; for `random:tiny`, its tokenizer."""
-    if source == RANDOM_TINY:
-        return fetch(TINY_TOKENIZER)
+    """The path of a model given as `asset:<name>`, a directory or a file; of a `random:<shape>`, its tokenizer's."""
+    if source.startswith(RANDOM):
+        return fetch(RANDOM_TOKENIZER)
     if source.startswith("asset:"):
         return fetch(source.removeprefix("asset:"))
     return Path(source).expanduser()

@@ -65,10 +65,12 @@ class Section:
 class ModelSource(Section):
     """Which student is trained."""
 
-    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:tiny".
+    # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:<shape>".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
+    quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype
     remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
+    attention: str = choice("auto", "xla")  # "auto": cuDNN or splash where model/flash.py chooses them
     atomic_tags: bool = True  # the six tags as single tokens rather than as text
 
 
@@ -99,6 +101,7 @@ class SamplingSettings(Section):
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
+    drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
     slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
 
 
@@ -188,7 +191,15 @@ class SandboxSettings(Section):
 
     workers: int = number(2, at_least=1)
     wall_seconds: float = number(10.0, above=0)  # per action or test run
-    server: str = ""  # URL of a launch/reward_server.py that scores and executes instead of this machine
+    # What scores and executes instead of this machine: the URL of a launch/reward_server.py, or a Ray cluster's `hosts`
+    # actors with `workers` slots each ("ray": the cluster that this machine belongs to, or "ray://head:10001").
+    server: str = ""
+    hosts: int = number(1, at_least=1)
+
+    @property
+    def ray_address(self) -> str | None:
+        """Where the Ray cluster is; None when rewards do not come from one."""
+        return "auto" if self.server == "ray" else self.server if self.server.startswith("ray://") else None
 
     def build(self) -> SandboxConfig:
         """What a sandbox of these settings is opened with."""

@@ -35,7 +35,7 @@ def evaluation_item(tokenizer: Tokenizer, record: TeacherRecord, text: str, scor
     count = lambda part: len(tokenizer.encode_text(part))
     executed = report is not None
     # A malformed answer cannot be executed, which is a failure; an execution that could not run is unknown.
-    executing = config.eval.execute or config.reward.execution > 0
+    executing = config.eval.execute or config.reward.build().needs_execution
     malformed = reward is not None and reward.rejection is not None
     return {
         "task_id": record.task.task_id,
@@ -53,6 +53,7 @@ def evaluation_item(tokenizer: Tokenizer, record: TeacherRecord, text: str, scor
         "rejection": reward.rejection.value if malformed else None,
         "executed": executed,
         "success": report.success if executed else (False if executing and malformed else None),
+        "match_f1": score.match_f1,
         "status": report.status.value if executed else score.unscored,
         "diff": report.diff if executed else None,
         "think_tokens": count(think),

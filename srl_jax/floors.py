@@ -15,7 +15,7 @@ from srl_jax.embedding import cosine
 from srl_jax.evaluation import evaluation_item, summary, write_json
 from srl_jax.records import Task, TeacherRecord
 from srl_jax.rewards import RewardConfig, action_similarity, combine, state_overlap, think_similarity
-from srl_jax.sandbox.service import RewardService, ScoreRequest
+from srl_jax.sandbox.service import ScoreRequest, ScoresCompletions
 from srl_jax.tokenizer import Tokenizer
 from srl_jax.trace import Action, Trace, TraceError, parse_trace, render_trace
 
@@ -76,7 +76,7 @@ def evaluate_answers(
     answers: Sequence[str],
     records: Sequence[TeacherRecord],
     tokenizer: Tokenizer,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
 ) -> dict:
     """The evaluation of given `answers`, one a record, in the form of `evaluate`'s; `kl` is None throughout."""
@@ -114,7 +114,7 @@ def write_bounds(
     records: Sequence[TeacherRecord],
     corpus: Sequence[TeacherRecord],
     tokenizer: Tokenizer,
-    service: RewardService,
+    service: ScoresCompletions,
     config: TrainConfig,
 ) -> None:
     """Writes `eval_<name>.json` into `out` for each of `bounds`; `corpus` are training records, perhaps none."""

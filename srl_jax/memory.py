@@ -17,7 +17,7 @@ import optax
 
 from srl_jax import grammar
 from srl_jax.config import TrainConfig, validate
-from srl_jax.model.decoder import abstract_variables
+from srl_jax.model.decoder import abstract_variables, mergeable
 from srl_jax.sampling import decode, prefill, row_keys
 from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
 from srl_jax.student import Student, plan_student
@@ -56,7 +56,10 @@ class Plan:
         base = self.resident["base weights"]
         remedy = remedies[name]
         if base > self.limit / 2:
-            remedy = "raise mesh.fsdp or mesh.tensor, or set model.dtype=bfloat16: the base weights take over half"
+            remedy = (
+                "raise mesh.fsdp or mesh.tensor, set model.dtype=bfloat16, or model.quantize=int8 or nf4: "
+                "the base weights take over half"
+            )
         raise DoesNotFit(
             f"a device has {self.limit / _GIB:.2f} GiB and this run needs {self.peak / _GIB:.2f} GiB "
             f"(base weights {base / _GIB:.2f}, {name} {self.programs[name] / _GIB:.2f}); {remedy}"
@@ -86,10 +89,22 @@ def device_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def plan(config: TrainConfig, limit: int | None = None) -> Plan:
-    """The memory plan of a run of `config` on the devices that JAX sees; `limit` overrides `device_limit()`.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of a step after sampling, lowered from shapes, and the abstract arrays they are lowered for."""
 
-    Raises what `validate`, `make_mesh` and `plan_student` raise. Does not raise when it does not fit: see `check`.
+    student: Student
+    automaton: grammar.TokenAutomaton
+    state: TrainState
+    batch: TrainBatch
+    reference: jax.stages.Lowered
+    update: jax.stages.Lowered
+
+
+def lower(config: TrainConfig) -> Programs:
+    """The programs of a run of `config` on the devices that JAX sees.
+
+    Raises what `validate`, `make_mesh` and `plan_student` raise.
     """
     validate(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -102,16 +117,42 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
     optimizer, _ = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
     state = _state(student, lora, optimizer)
     automaton = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student.automaton)
-    resident = {
-        "base weights": device_bytes(student.params),
-        "adapters": device_bytes(lora),
-        "optimiser": device_bytes(state.opt_state),
-        "grammar": device_bytes(automaton),
-    }
     batch = _batch(student, automaton, config)
     settings = StepSettings(micro_batch=config.grpo.micro_batch)
-    merged = student.params["embedding"].dtype == jnp.float32  # see Student.sampling_variables
-    variables = {"params": student.params} | ({} if merged else {"lora": lora})
+    reference = reference_logprobs.lower(student.decoder, student.params, automaton, batch, settings=settings)
+    update = train_step.lower(
+        state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
+    )
+    return Programs(student, automaton, state, batch, reference, update)
+
+
+def plan(config: TrainConfig, limit: int | None = None) -> Plan:
+    """The memory plan of a run of `config` on the devices that JAX sees; `limit` overrides `device_limit()`.
+
+    Raises what `lower` raises. Does not raise when it does not fit: see `check`.
+    """
+    programs = lower(config)
+    student = programs.student
+    resident = {
+        "base weights": device_bytes(student.params),
+        "adapters": device_bytes(programs.state.lora),
+        "optimiser": device_bytes(programs.state.opt_state),
+        "grammar": device_bytes(student.automaton),
+    }
+    batch_bytes = device_bytes(programs.batch)
+    beside = {
+        "sample": _sampler_bytes(config, programs),
+        "reference": _beside_inputs(programs.reference.compile()) + batch_bytes,
+        "update": _beside_inputs(programs.update.compile()) + batch_bytes,
+    }
+    return Plan(resident, beside, device_limit() if limit is None else limit, jax.default_backend())
+
+
+def _sampler_bytes(config: TrainConfig, programs: Programs) -> int:
+    """What prefill or decoding takes beside the resident arrays, whichever is more; and a merged copy of the layers."""
+    student, batch, automaton = programs.student, programs.batch, programs.automaton
+    merged = mergeable(student.params)  # see Student.sampling_variables
+    variables = {"params": student.params} | ({} if merged else {"lora": programs.state.lora})
     slots = config.sampling.slots or config.data.prompts_per_step
     tokens, lengths = (
         jax.ShapeDtypeStruct((min(slots, x.shape[0]), *x.shape[1:]), x.dtype, sharding=x.sharding)
@@ -128,18 +169,8 @@ def plan(config: TrainConfig, limit: int | None = None) -> Plan:
         start.out_info, started.output_shardings,
     )  # fmt: skip
     turns = decode.lower(student.decoder, variables, automaton, flight, 0, 0, settings=student.sampling)
-    reference = reference_logprobs.lower(student.decoder, student.params, automaton, batch, settings=settings)
-    update = train_step.lower(
-        state, student.params, automaton, batch, decoder=student.decoder, optimizer=optimizer, settings=settings
-    )
     own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
-    batch_bytes = device_bytes(batch)
-    programs = {
-        "sample": max(_beside_inputs(started), device_bytes(flight) + _beside_inputs(turns.compile())) + own_copy,
-        "reference": _beside_inputs(reference.compile()) + batch_bytes,
-        "update": _beside_inputs(update.compile()) + batch_bytes,
-    }
-    return Plan(resident, programs, device_limit() if limit is None else limit, jax.default_backend())
+    return max(_beside_inputs(started), device_bytes(flight) + _beside_inputs(turns.compile())) + own_copy
 
 
 def _beside_inputs(compiled: jax.stages.Compiled) -> int:

@@ -34,6 +34,7 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "brevity penalty": lambda item: item["brevity"],
     "parse rate": lambda item: None if item["reward"] is None else float(item["rejection"] is None),
     "execution success": lambda item: None if item["success"] is None else float(item["success"]),
+    "match-set F1": lambda item: item.get("match_f1"),
     "KL per token": lambda item: item["kl"],
     "tokens in think": lambda item: item["think_tokens"],
     "tokens in state update": lambda item: item["state_tokens"],

@@ -299,6 +299,7 @@ def _metrics(groups: Groups, informative: list[int], skipped: int, timing: Count
         ),
         "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
         "unscored": float((~valid).sum()),
+        "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
         "kl": mean(_kl(groups, "k1")),
         "kept_groups": len(informative) / len(groups.records),
         "groups_drawn": float(len(groups.records)),

@@ -21,7 +21,7 @@ from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION
 from srl_jax.sandbox.runner import Sandbox
 from srl_jax.sandbox.service import RewardService, ScoresCompletions
-from srl_jax.sandbox.wire import Contract
+from srl_jax.sandbox.wire import SERVER_TOKEN, Contract
 from srl_jax.sharding import make_mesh, replicated
 from srl_jax.student import Student, load_student
 from srl_jax.train_step import TrainState, make_optimizer
@@ -55,15 +55,19 @@ class Run:
         config = self.config
         with ExitStack() as stack:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-            # Before the student is loaded, which takes longest: a sandbox that is refused.
-            sandbox = None
+            # Before the student is loaded, which takes longest: a sandbox that is refused, a token that is missing.
+            sandbox, token = None, os.environ.get(SERVER_TOKEN)
+            if config.sandbox.server and not config.sandbox.ray_address and not token:
+                raise ConfigError("sandbox.server", config.sandbox.server, f"needs the token in ${SERVER_TOKEN}")
             reward = config.reward.build()
             if not config.sandbox.server and (config.eval.execute or reward.needs_execution):
                 sandbox = stack.enter_context(Sandbox(config.sandbox.build()))
             self.student: Student = load_student(config, mesh)
             self.runners: frozenset[str] | None
-            if config.sandbox.server:
-                self._open_remote(stack, reward)
+            if config.sandbox.ray_address:
+                self._open_cluster(stack, reward)
+            elif config.sandbox.server:
+                self._open_remote(stack, reward, token)
             else:
                 self._open_local(stack, reward, sandbox)
             self.optimizer: optax.GradientTransformation
@@ -100,17 +104,27 @@ class Run:
             RewardService(embedder, count, reward=reward, sandbox=sandbox)
         )
 
-    def _open_remote(self, stack: ExitStack, reward: rewards.RewardConfig) -> None:
+    def _open_cluster(self, stack: ExitStack, reward: rewards.RewardConfig) -> None:
+        """The same on the Ray cluster that the configuration names; raises RemoteError when it does not start."""
+        settings = self.config.sandbox
+        try:
+            from srl_jax.sandbox.cluster import Cluster
+        except ModuleNotFoundError as error:
+            raise ConfigError("sandbox.server", settings.server, f"{error}; pip install 'srl_jax[ray]'") from error
+        cluster = stack.enter_context(Cluster(self.config, hosts=settings.hosts, address=settings.ray_address))
+        executes = self.config.eval.execute or reward.needs_execution
+        self.rewards, self.judge = cluster.service(execute=False), cluster.service(execute=executes)
+        runners = cluster.connect(Contract(self.student.tokenizer.fingerprint, reward))
+        self.runners = runners if executes else None
+
+    def _open_remote(self, stack: ExitStack, reward: rewards.RewardConfig, token: str) -> None:
         """The same on the reward server that the configuration names; raises RemoteError when it refuses."""
         url = self.config.sandbox.server
         try:
-            from srl_jax.sandbox.client import TOKEN_VARIABLE, RemoteRewardService
+            from srl_jax.sandbox.client import RemoteRewardService
         except ModuleNotFoundError as error:
             raise ConfigError("sandbox.server", url, f"{error}; pip install 'srl_jax[server]'") from error
         executes = self.config.eval.execute or reward.needs_execution
-        token = os.environ.get(TOKEN_VARIABLE)
-        if not token:
-            raise ConfigError("sandbox.server", url, f"needs the token in ${TOKEN_VARIABLE}")
         contract = Contract(self.student.tokenizer.fingerprint, reward)
         self.rewards = stack.enter_context(RemoteRewardService(url, token, contract))
         self.judge = stack.enter_context(RemoteRewardService(url, token, contract, execute=executes))

@@ -32,11 +32,14 @@ class SamplingConfig:
       max_new_tokens: T, completion budget in tokens, both tags of the last block included.
       max_think_tokens: budget of the think block.
       temperature: divides the logits; 0 is greedy.
+      drafts: tokens guessed ahead at every step by prompt look-up (see `look_up`) and checked together. They change
+        what a step costs and how many tokens it may bring, never which tokens.
     """
 
     max_new_tokens: int
     max_think_tokens: int = 512
     temperature: float = 1.0
+    drafts: int = 0
 
 
 class Completions(NamedTuple):
@@ -79,17 +82,35 @@ def draw(probs: Float[Array, "B V"], u: Float[Array, "B 2"]) -> Int[Array, "B"]:
     return block * _BLOCK + within
 
 
+def look_up(
+    context: Int[Array, "B S"], known: Bool[Array, "B S"], last: Int[Array, "B 2"], count: int
+) -> Int[Array, "B count"]:
+    """The `count` tokens that followed the nearest earlier place where the last two tokens stood; -1 where unknown.
+
+    Prompt look-up decoding: an action's patterns and a state's lists copy much of the prompt. `known` tells the tokens
+    of `context` that exist already; `last` are the last two, oldest first, and themselves the end of what is known.
+    """
+    pairs = (context[:, :-1] == last[:, :1]) & (context[:, 1:] == last[:, 1:]) & known[:, :-1] & known[:, 1:]
+    # The pair must have a known follower; this also leaves out the end itself.
+    pairs = pairs & jnp.pad(known[:, 2:], ((0, 0), (0, 1)))
+    place = (pairs * jnp.arange(1, pairs.shape[1] + 1)[None, :]).max(axis=1)
+    at = place[:, None] + 1 + jnp.arange(count)[None, :]
+    found = jnp.take_along_axis(context, at, axis=1, mode="fill", fill_value=-1)
+    there = jnp.take_along_axis(known, at, axis=1, mode="fill", fill_value=False)
+    return jnp.where((place[:, None] > 0) & there, found, -1)
+
+
 class Flight(NamedTuple):
     """P slots of G rows in mid-decode: B = P*G, row b in slot b // G.
 
-    The cache is a ring of T columns: all rows write column `step % T`, and a row sees the `age` columns before it. So a
-    slot can be given to a new prompt at any step, and nothing of the one before is seen.
+    Each row is as far as its own `age` tells, and sees that many columns of the cache. So a slot can be given to a new
+    prompt at any time, and nothing of the one before is seen.
     """
 
     prefix: Prefix
+    prompts: Int[Array, "P Lp"]
     lengths: Int[Array, "P"]
     cache: dict
-    step: Int[Array, ""]
     keys: Array  # [B], one PRNG key a row
     token: Int[Array, "B"]  # the last one, the next input
     state: grammar.GrammarState  # fields [B]
@@ -120,9 +141,9 @@ def prefill(
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
     return Flight(
         prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths),
+        prompts=prompt_tokens,
         lengths=prompt_lengths,
         cache=init_cache(decoder.config, b, t_max, variables["params"]["embedding"].dtype),
-        step=jnp.int32(0),
         keys=keys,
         token=jnp.repeat(last, group_size),
         state=grammar.initial_state(automaton, b, t_max, settings.max_think_tokens),
@@ -150,48 +171,82 @@ def decode(
     """
     slots, rows = flight.lengths.shape[0], flight.token.shape[0]
     group_size = rows // slots
-    greedy = settings.temperature == 0.0
 
     def body(flight: Flight) -> Flight:
-        positions = jnp.repeat(flight.lengths - 1, group_size) + flight.age
-        column = flight.step % settings.max_new_tokens
+        drafts = _drafts(flight, settings.drafts)
+        inputs = jnp.concatenate([flight.token[:, None], jnp.maximum(drafts, 0)], axis=1)
+        positions = (jnp.repeat(flight.lengths - 1, group_size) + flight.age)[:, None] + jnp.arange(inputs.shape[1])[
+            None, :
+        ]
         (hidden, _), updated = decoder.apply(
-            {**variables, "cache": flight.cache},
-            flight.token[:, None], positions[:, None], flight.prefix, column, flight.age, mutable=["cache"],
-        )  # fmt: skip
-        scores = logits(decoder.config, variables["params"], hidden[:, 0])
-        allowed = grammar.allowed_tokens(automaton, flight.state)
-        scores = jnp.where(allowed, scores if greedy else scores / settings.temperature, -jnp.inf)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        if greedy:
-            chosen = jnp.argmax(scores, axis=-1)
-        else:
-            uniforms = jax.vmap(lambda key, age: jax.random.uniform(jax.random.fold_in(key, age), (2,)))
-            chosen = draw(weights, uniforms(flight.keys, flight.age))
-        chosen = chosen.astype(jnp.int32)
-        score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
-        logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
-        # A finished row writes nowhere and keeps its state; what it would do with padding must not matter.
-        at = (jnp.arange(rows), jnp.where(flight.done, _FAR, flight.age))
-        following = grammar.advance(automaton, flight.state, chosen)
-        state = jax.tree.map(lambda old, new: jnp.where(flight.done, old, new), flight.state, following)
-        return flight._replace(
-            cache=updated["cache"],
-            step=flight.step + 1,
-            token=chosen,
-            state=state,
-            age=flight.age + ~flight.done,
-            done=flight.done | grammar.is_done(automaton, state),
-            tokens=flight.tokens.at[at].set(chosen, mode="drop"),
-            logprobs=flight.logprobs.at[at].set(logprob, mode="drop"),
+            {**variables, "cache": flight.cache}, inputs, positions, flight.prefix, flight.age, mutable=["cache"]
         )
+        flight = flight._replace(cache=updated["cache"])
+        open_ = ~flight.done
+        for i in range(inputs.shape[1]):
+            scores = logits(decoder.config, variables["params"], hidden[:, i])
+            scores = jnp.where(grammar.allowed_tokens(automaton, flight.state), scores, -jnp.inf)
+            chosen, logprob = _choose(scores, flight.keys, flight.age, settings.temperature)
+            # A closed row writes nowhere and keeps its state; what it would do with padding must not matter.
+            at = (jnp.arange(rows), jnp.where(open_, flight.age, _FAR))
+            following = grammar.advance(automaton, flight.state, chosen)
+            state = jax.tree.map(partial(jnp.where, open_), following, flight.state)
+            flight = flight._replace(
+                token=jnp.where(open_, chosen, flight.token),
+                state=state,
+                age=flight.age + open_,
+                done=flight.done | grammar.is_done(automaton, state),
+                tokens=flight.tokens.at[at].set(chosen, mode="drop"),
+                logprobs=flight.logprobs.at[at].set(logprob, mode="drop"),
+            )
+            if i < drafts.shape[1]:
+                # What was drawn after a wrong guess saw that guess: the row waits for the next step.
+                open_ = open_ & ~flight.done & (chosen == drafts[:, i])
+        return flight
 
     def running(flight: Flight) -> Bool[Array, ""]:
         alive = (~flight.done).reshape(slots, group_size).sum(axis=1)
         return (alive.max() > few_rows) & ((alive > 0).sum() > few_slots)
 
     return jax.lax.while_loop(running, body, flight)
+
+
+def _drafts(flight: Flight, count: int) -> Int[Array, "B count"]:
+    """Guesses of each row's next tokens, from its prompt and from what it has written so far."""
+    rows, written = flight.tokens.shape
+    if count == 0:
+        return jnp.zeros((rows, 0), jnp.int32)
+    slots, width = flight.prompts.shape
+    by_row = partial(jnp.repeat, repeats=rows // slots, axis=0)
+    context = jnp.concatenate([by_row(flight.prompts), flight.tokens], axis=1)
+    known = jnp.concatenate(
+        [
+            by_row(jnp.arange(width)[None, :] < flight.lengths[:, None]),
+            jnp.arange(written)[None, :] < flight.age[:, None],
+        ],
+        axis=1,
+    )
+    before = jnp.take_along_axis(flight.tokens, jnp.maximum(flight.age - 2, 0)[:, None], axis=1)
+    # Before its second token a row has no pair of its own to look up.
+    before = jnp.where(flight.age[:, None] >= 2, before, -1)
+    return look_up(context, known, jnp.concatenate([before, flight.token[:, None]], axis=1), count)
+
+
+def _choose(
+    scores: Float[Array, "B V"], keys: Array, age: Int[Array, "B"], temperature: float
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Each row's next token from its masked logits, and that token's log-prob."""
+    greedy = temperature == 0.0
+    scores = scores if greedy else scores / temperature
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    if greedy:
+        chosen = jnp.argmax(scores, axis=-1)
+    else:
+        uniforms = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n), (2,)))
+        chosen = draw(weights, uniforms(keys, age))
+    score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
+    return chosen.astype(jnp.int32), score - top[:, 0] - jnp.log(weights.sum(axis=-1))
 
 
 @partial(jax.jit, donate_argnames=("flight",))
@@ -206,6 +261,7 @@ def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
             _put(flight.prefix.v, fresh.prefix.v, at=slots, axis=1),
             by_slot(flight.prefix.mask, fresh.prefix.mask),
         ),
+        prompts=by_slot(flight.prompts, fresh.prompts),
         lengths=by_slot(flight.lengths, fresh.lengths),
         **{name: jax.tree.map(by_row, getattr(flight, name), getattr(fresh, name)) for name in _ROW_FIELDS},
     )
@@ -223,6 +279,7 @@ def _compact(flight: Flight, slots: Int[Array, "P2"], members: Int[Array, "P2 G2
     prefix = Prefix(flight.prefix.k[:, slots], flight.prefix.v[:, slots], flight.prefix.mask[slots])
     return flight._replace(
         prefix=prefix,
+        prompts=flight.prompts[slots],
         lengths=flight.lengths[slots],
         cache=jax.tree.map(lambda x: x[:, rows], flight.cache),
         **{name: jax.tree.map(lambda x: x[rows], getattr(flight, name)) for name in _ROW_FIELDS},

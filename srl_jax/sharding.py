@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from srl_jax.model import quantize as quantization
 from srl_jax.model.decoder import Decoder, abstract_variables
 
 AXES = ("data", "fsdp", "tensor")
@@ -71,13 +72,36 @@ def check_divisible(mesh: Mesh, decoder: Decoder, prompts: int) -> None:
 
 
 def variable_shardings(mesh: Mesh, decoder: Decoder) -> dict:
-    """`NamedSharding` of every leaf of the `params` and `lora` collections."""
-    specs = nn.get_partition_spec(abstract_variables(decoder))
+    """`NamedSharding` of every leaf of the `params` and `lora` collections.
+
+    Of a quantised kernel: a `QuantizedKernel` of them, the scales split like the numbers they scale.
+    """
+    abstract = abstract_variables(decoder)
+    specs = nn.get_partition_spec(abstract)
     rules = list(RULES)
     if decoder.config.vocab_size % mesh.shape["tensor"]:
         # The tags make odd vocabularies; an uneven axis cannot be split, so the table is kept whole on `tensor`.
         rules[0] = ("vocab", None)
-    return nn.logical_to_mesh_sharding(specs, mesh, rules)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+    if decoder.quantize != "none":
+        for name, weights in shardings["params"]["layers"].items():
+            if "kernel" in weights:
+                kernel = nn.unbox(abstract["params"]["layers"][name]["kernel"])
+                weights["kernel"] = _quantised(weights["kernel"], kernel, decoder.quantize)
+    return shardings
+
+
+def _quantised(whole: NamedSharding, kernel: jax.ShapeDtypeStruct, scheme: str) -> quantization.QuantizedKernel:
+    """Shardings of a quantised kernel's parts: that of the kernel, but whole along an axis that would not divide."""
+
+    def part(array: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec = [
+            axis if axis is not None and size % whole.mesh.shape[axis] == 0 else None
+            for axis, size in zip(whole.spec, array.shape, strict=True)
+        ]
+        return NamedSharding(whole.mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(part, quantization.abstract(kernel, scheme, kernel.dtype))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

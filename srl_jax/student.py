@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from srl_jax import assets, grammar, sharding
 from srl_jax.config import ConfigError, TrainConfig
-from srl_jax.model import families, hf
-from srl_jax.model.decoder import Decoder, init_lora, merge_lora
+from srl_jax.model import flash, hf, quantize
+from srl_jax.model.decoder import Decoder, init_lora, merge_lora, mergeable
+from srl_jax.model.shapes import SHAPES
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,11 +45,11 @@ class Student:
         """The variables to sample with: adapters merged where that is exact enough, else applied beside the base.
 
         In float32 merging costs a copy of the layers and saves two small products per linear map and token.
-        In bfloat16 a merged sum would round the adapters away, so they stay apart.
+        In bfloat16 or a quantised base a merged sum would round the adapters away, so they stay apart.
         """
         if lora is None:
             return {"params": self.params}
-        if self.params["embedding"].dtype != jnp.float32:
+        if not mergeable(self.params):
             return {"params": self.params, "lora": lora}
         return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
 
@@ -65,11 +66,12 @@ def load_student(config: TrainConfig, mesh: Mesh) -> Student:
     """
     path, tokenizer, new_rows, decoder = _describe(config, mesh)
     dtype, shardings = jnp.dtype(config.model.dtype), sharding.variable_shardings(mesh, decoder)["params"]
-    place = lambda leaf, array: jax.device_put(array, _at(shardings, leaf))
+    stored = {"dtype": dtype, "quantize": decoder.quantize}
+    stored["place"] = lambda leaf, array: jax.device_put(array, _at(shardings, leaf))
     if path is None:
-        params = hf.random_params(decoder.config, seed=0, dtype=dtype, place=place)
+        params = hf.random_params(decoder.config, seed=0, **stored)
     else:
-        _, params = hf.load_params(path, dtype=dtype, new_rows=new_rows, place=place)
+        _, params = hf.load_params(path, new_rows=new_rows, **stored)
     return _assemble(config, mesh, tokenizer, decoder, params, hf.weights_hash(params))
 
 
@@ -82,7 +84,14 @@ def plan_student(config: TrainConfig, mesh: Mesh) -> Student:
         node = params
         for key in leaf[:-1]:
             node = node.setdefault(key, {})
-        node[leaf[-1]] = jax.ShapeDtypeStruct(shape, hf.leaf_dtype(leaf, dtype), sharding=_at(shardings, leaf))
+        abstract = jax.ShapeDtypeStruct(shape, hf.leaf_dtype(leaf, dtype))
+        if leaf[-1] == "kernel" and decoder.quantize != "none":
+            abstract = quantize.abstract(abstract, decoder.quantize, dtype)
+        node[leaf[-1]] = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            _at(shardings, leaf),
+        )
     return _assemble(config, mesh, tokenizer, decoder, params, "")
 
 
@@ -119,27 +128,43 @@ def _at(tree: dict, leaf: tuple[str, ...]):
     return tree
 
 
+def _platform(mesh: Mesh) -> str:
+    """ "cuda", "tpu", "cpu" or what else the mesh is made of; JAX calls GPUs of every maker "gpu"."""
+    device = mesh.devices.flat[0]
+    return "cuda" if device.platform == "gpu" and "cuda" in device.client.platform_version else device.platform
+
+
 def _describe(config: TrainConfig, mesh: Mesh) -> tuple[Path | None, Tokenizer, hf.NewRows, Decoder]:
     """The weights' file (None: random), tokenizer, sources of the tags' rows, and the decoder, which fits `mesh`."""
     source = config.model.source
-    random_tiny = source == assets.RANDOM_TINY
-    if source.startswith("random:") and not random_tiny:
-        raise ConfigError("model.source", source, f"the only random model is {assets.RANDOM_TINY!r}")
+    shape = SHAPES.get(source.removeprefix(assets.RANDOM)) if source.startswith(assets.RANDOM) else None
+    if source.startswith(assets.RANDOM) and shape is None:
+        names = ", ".join(assets.RANDOM + name for name in SHAPES)
+        raise ConfigError("model.source", source, f"the random models are {names}")
     path = assets.model_path(source)
     if not path.exists():
         raise ConfigError("model.source", source, "no such file or directory; give asset:NAME, a directory or a .gguf")
     tokenizer = load_tokenizer(path, atomic_tags=config.model.atomic_tags)
     new_rows = tag_rows(tokenizer)
-    model = families.tiny(tokenizer.vocab_size) if random_tiny else hf.read_config(path, new_rows=new_rows)
+    if shape:
+        model = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
+    else:
+        model = hf.read_config(path, new_rows=new_rows)
     if model.vocab_size < tokenizer.vocab_size:
         raise hf.BadWeights(
             f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids; "
             "they do not belong together"
         )
-    decoder = Decoder(model, config.lora.rank, config.lora.alpha, config.model.remat)
+    attention = config.model.attention
+    if attention == "auto":
+        attention = flash.choose(_platform(mesh), model, jnp.dtype(config.model.dtype))
+    decoder = Decoder(
+        model, config.lora.rank, config.lora.alpha, config.model.remat, config.model.quantize, attention, mesh
+    )
+    quantize.check(model, decoder.quantize)
     for prompts in (config.grpo.micro_batch, config.sampling.slots):
         sharding.check_divisible(mesh, decoder, prompts)
-    return None if random_tiny else path, tokenizer, new_rows, decoder
+    return None if shape else path, tokenizer, new_rows, decoder
 
 
 def _assemble(
@@ -155,7 +180,10 @@ def _assemble(
     else:
         automaton = grammar.free_automaton(tokenizer, vocab_size=model.vocab_size)
     settings = SamplingConfig(
-        config.sampling.max_new_tokens, config.sampling.max_think_tokens, config.sampling.temperature
+        config.sampling.max_new_tokens,
+        config.sampling.max_think_tokens,
+        config.sampling.temperature,
+        config.sampling.drafts,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)

@@ -26,7 +26,7 @@ ENTRY = {"launch", "srl_jax.cli"}
 UPPER = {
     "srl_jax.train": set(),
     "srl_jax.evaluate": {"srl_jax.train"},
-    "srl_jax.rollout": {"srl_jax.train", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft"},
+    "srl_jax.rollout": {"srl_jax.train", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft", "srl_jax.bench.ours"},
 }
 # Programs that run inside the sandbox: they act when imported.
 GUESTS = "srl_jax.sandbox.guest"

@@ -86,7 +86,7 @@ def test_the_other_programs_refuse_alike(tmp_path):
     ("section", "field", "value", "error", "words"),
     [
         ("model", "source", "asset:smollm3", AssetError, "no asset is called 'smollm3'"),
-        ("model", "source", "random:huge", ConfigError, "the only random model is 'random:tiny'"),
+        ("model", "source", "random:huge", ConfigError, "the random models are random:tiny, random:smollm2-135m"),
         ("model", "source", "nowhere/model.gguf", ConfigError, "no such file or directory; give asset:NAME"),
         ("sampling", "max_new_tokens", 30, ConfigError, "max_new_tokens is 30; the shortest trace takes"),
         ("mesh", "fsdp", 3, BadMesh, "8 devices do not divide by 3"),

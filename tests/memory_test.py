@@ -24,10 +24,17 @@ def _bytes_on_one_device(tree) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.fixture(scope="module", params=[("float32", (8, 1, 1)), ("bfloat16", (2, 2, 2))], ids=["data", "all axes"])
+_CASES = {
+    "data": ({"dtype": "float32"}, (8, 1, 1)),
+    "all axes": ({"dtype": "bfloat16"}, (2, 2, 2)),
+    "nf4": ({"dtype": "bfloat16", "quantize": "nf4"}, (2, 2, 2)),
+}
+
+
+@pytest.fixture(scope="module", params=_CASES)
 def planned(request):
-    dtype, shape = request.param
-    config = tiny_config(dtype=dtype)
+    model, shape = _CASES[request.param]
+    config = tiny_config(**model)
     config.data.prompts_per_step = config.grpo.micro_batch = 8
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
     return config, memory.plan(config)

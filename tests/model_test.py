@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from srl_jax import assets
-from srl_jax.model import families, hf
+from srl_jax.model import families, hf, shapes
 from srl_jax.model.decoder import (
     Decoder,
     completion_hidden,
@@ -72,7 +72,7 @@ def _adapted(config):
 
 @pytest.fixture(scope="module")
 def small():
-    return _adapted(families.tiny(101))
+    return _adapted(shapes.tiny(101))
 
 
 # What Gemma adds, at once. The first layer's window ends inside the prompts of `_ragged` for early completion tokens
@@ -97,7 +97,7 @@ def _ragged(seed=0, groups=3, length=9):
 
 @pytest.mark.parametrize("extra", [{}, _GEMMA], ids=["llama", "gemma"])
 def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
-    decoder, params, lora = _adapted(dataclasses.replace(families.tiny(101), **extra))
+    decoder, params, lora = _adapted(dataclasses.replace(shapes.tiny(101), **extra))
     prompts, lengths, completions = _ragged()
     weights = np.random.default_rng(5).standard_normal((2, 3, 9, decoder.config.d_model)).astype(np.float32)
 
@@ -121,7 +121,7 @@ def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
 
 
 def test_a_window_ends_where_it_says():
-    config = dataclasses.replace(families.tiny(101), windows=(4, 4))
+    config = dataclasses.replace(shapes.tiny(101), windows=(4, 4))
     decoder, params = Decoder(config), hf.random_params(config, seed=1)
     prompt, after = np.arange(12)[None], np.arange(20, 29)[None, None]
     lengths = jnp.asarray([12])
@@ -284,8 +284,22 @@ def test_damaged_models_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalML"]}))
     with pytest.raises(families.UnsupportedModel, match=r"LlamaForCausalML.*nearest: LlamaForCausalLM"):
         hf.load_params(tmp_path)
+    del config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(families.UnsupportedModel, match=r"config\.json: field 'num_hidden_layers' is missing"):
+        hf.load_params(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(hf.BadWeights, match=r"config\.json is not JSON"):
+        hf.load_params(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hf.load_params(tmp_path / "nowhere")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    make_peer("gemma2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(hf.BadWeights, match=r"model\.safetensors cannot be read"):
+        hf.load_params(tmp_path)
 
 
 def test_the_hash_sees_one_changed_bit(small):

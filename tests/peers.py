@@ -84,7 +84,6 @@ def greedy(config, params, prompts, steps):
             token[:, None],
             jnp.broadcast_to(prompts.shape[1] - 1 + i, (prompts.shape[0], 1)),
             prefix,
-            i,
             jnp.broadcast_to(i, (prompts.shape[0],)),
             mutable=["cache"],
         )

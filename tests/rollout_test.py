@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from srl_jax.config import TrainConfig
-from srl_jax.rewards import Reward
+from srl_jax.rewards import Reward, RewardConfig
 from srl_jax.rollout import PromptTooLong, collect_rollouts, executable, executable_only, take_prompts
-from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import Score
+from srl_jax.sandbox import EngineResult, EnvReport, RunnerUnavailable, SandboxConfig, SandboxCrash, Status
+from srl_jax.sandbox.service import RewardService, Score, ServiceConfig
 from srl_jax.trace import Rejection
 from srl_jax.train import step_settings
-from tests.fakes import CountingStream, perturbed, teacher_record, tiny_config, tiny_student
+from tests.fakes import CountingStream, HashEmbedder, perturbed, teacher_record, tiny_config, tiny_student
 
 SPREAD = (0.9, 0.5, 0.1, 0.5)
 TIED = (0.4, 0.4, 0.4, 0.4)
@@ -109,6 +109,43 @@ def test_the_unscored_take_no_part(student, lora):
     assert not np.asarray(batch.completion_mask)[3].any(), "the group without a score is last and dead"
     assert metrics["unscored"] == 4 + 3 and metrics["parse_rate"] == 1.0
     assert metrics["reward/total"] == pytest.approx(0.4)
+
+
+class FailingSandbox:
+    """Loses every first run, and every run of the first group's task, as a machine in trouble would."""
+
+    def __init__(self, lost):
+        self.config, self.lost, self.seen = SandboxConfig(slots=1), lost.task.files[0].path, set()
+
+    def execute(self, action, files, *, tests, expected):
+        key = (str(action), *files)
+        if key not in self.seen or self.lost in files:
+            self.seen.add(key)
+            raise SandboxCrash("the sandbox was killed from outside")
+        return EnvReport(False, Status.NO_MATCH, "", "", 0, 0, "not_run", (), (), "", None, 0.1, "a fake")
+
+    def apply(self, action, files, *, protected):
+        return EngineResult(Status.OK, files, places=frozenset())
+
+
+def test_a_crash_of_the_infrastructure_is_retried_then_masked_out_of_the_group(student, lora):
+    stream = CountingStream()
+    config, reward = with_grpo(dynamic_sampling_min_std=0.0), RewardConfig(execution=0.2)
+    sandbox = FailingSandbox(next(CountingStream()))
+    with RewardService(
+        HashEmbedder(), len, reward=reward, sandbox=sandbox, config=ServiceConfig(retries=1)
+    ) as service:
+        batch, metrics, drawn = collect(student, lora, service, config, stream)
+        counts = service.counts
+    assert metrics["unscored"] == counts["unscored"] == G, "never 0 or -0.2: no reward at all"
+    assert all("killed from outside" in score.unscored for score in drawn.scores[0])
+    assert all(score.reward is not None for row in drawn.scores[1:] for score in row)
+    assert counts["retries"] >= P, "each execution failed once"
+    tokens = drawn.arrays["tokens"][0]
+    masks = np.asarray(batch.completion_mask)
+    dead = [row for row in range(P) if np.array_equal(batch.completions[row], tokens)]
+    assert dead and not masks[dead].any() and not np.asarray(batch.advantages)[dead].any()
+    assert masks.any(axis=(1, 2)).sum() == P - len(dead)
 
 
 @pytest.mark.parametrize(("option", "own"), [("zero", 0.0), ("penalize", -0.6)])

@@ -12,7 +12,7 @@ import scipy.stats
 from srl_jax import grammar, sampling
 from srl_jax.model.decoder import completion_hidden
 from srl_jax.rollout import decode_completions, make_batch
-from srl_jax.sampling import draw, sample
+from srl_jax.sampling import draw, look_up, sample
 from srl_jax.student import pad_prompts
 from srl_jax.trace import parse_trace
 from srl_jax.train_step import policy_logprobs
@@ -182,7 +182,7 @@ def test_neither_waiting_nor_compaction_changes_a_token(
     np.testing.assert_array_equal(np.asarray(drawn.logprobs)[~np.asarray(drawn.mask)], 0)
 
 
-def test_windows_are_kept_in_a_ring_that_turns(lora):
+def test_windows_are_kept_when_a_slot_changes_hands(lora):
     config = tiny_config()
     student = tiny_student(config)
     windowed = student.decoder.clone(config=dataclasses.replace(student.decoder.config, windows=(4, 0)))
@@ -201,3 +201,28 @@ def test_the_same_shapes_are_compiled_once(student, lora):
         _sample(student, lora, _prompts(8, seed=key), key=key, **given)
     after = sampling.decode._cache_size(), sampling.prefill._cache_size(), sampling._refill._cache_size()
     assert after[1:] == before[1:] and after[0] <= before[0] + 2  # smaller batches may come up for the first time
+
+
+def test_look_up_copies_what_followed_the_nearest_same_pair():
+    context = jnp.asarray([[5, 6, 7, 8, 5, 6, 9, 1, 5, 6, 0, 0], [1, 2, 3, 1, 2, 0, 0, 0, 0, 0, 0, 0]])
+    known = jnp.asarray([[True] * 10 + [False] * 2, [True] * 5 + [False] * 7])
+    drafts = look_up(context, known, jnp.asarray([[5, 6], [1, 2]]), 3)
+    assert drafts.tolist() == [[9, 1, 5], [3, 1, 2]]
+    assert look_up(context, known, jnp.asarray([[8, 5], [2, 1]]), 2).tolist() == [[6, 9], [-1, -1]]
+    assert look_up(context, known, jnp.asarray([[1, 5], [1, 2]]), 5).tolist() == [
+        [6, -1, -1, -1, -1],
+        [3, 1, 2, -1, -1],
+    ]
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_changes_no_token(student, lora, drafts, temperature):
+    # A vocabulary of few likely tokens repeats itself, so that guesses come true often.
+    prompts = _prompts(3)
+    given = {"temperature": temperature, "max_new_tokens": 64, "max_think_tokens": 8, "group_size": 3}
+    plain = _sample(student, lora, prompts, key=4, **given)
+    drafted = _sample(student, lora, prompts, key=4, drafts=drafts, **given)
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    np.testing.assert_array_equal(drafted.mask, plain.mask)
+    np.testing.assert_allclose(drafted.logprobs, plain.logprobs, atol=2e-5)

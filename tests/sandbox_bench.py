@@ -1,4 +1,4 @@
-"""The figures of reports/sandbox.md: `python tests/sandbox_bench.py --seconds=5 --slots=1,2 > figures.json`.
+"""The figures of reports/sandbox.md: `python -m tests.sandbox_bench --seconds=5 --slots=1,2 > figures.json`.
 
 For each kind of run: actions or test runs per second over all slots, and the latency of one (p50, p99).  And what a
 run is made of, to see what a warm pool could save: a bare process, bubblewrap around it, Python in that.
@@ -17,8 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from srl_jax.records import TestSpec
+from srl_jax.rewards import RewardConfig
 from srl_jax.sandbox import Limits, Sandbox, SandboxConfig
+from srl_jax.sandbox.service import RewardService, ScoreRequest
 from srl_jax.trace import Action
+from tests.sandbox_soak import WordEmbedder, record
 
 ACTION = Action("python", "old($X)", "new($X)", ("app.py",))
 APP = {"app.py": "def new(x):\n    return x\n\n\ndef f(x):\n    return old(x)\n"}
@@ -104,6 +107,24 @@ def parts(sandbox: Sandbox, seconds: float) -> dict[str, dict[str, float]]:
         }
 
 
+def batch(sandbox: Sandbox, rounds: int) -> dict[str, float]:
+    """A step's executions as training asks for them: 32 completions, all different, tasks with a unittest each.
+
+    `hidden_s` is how long they take from submit to scores while the caller does something else.
+    """
+    taken = []
+    with RewardService(
+        WordEmbedder(), lambda text: len(text.split()), reward=RewardConfig(execution=0.2), sandbox=sandbox
+    ) as service:
+        for turn in range(rounds):
+            records = [record(2 * (32 * turn + i)) for i in range(32)]
+            started = time.perf_counter()
+            scores = service.submit([ScoreRequest(each.trace, each) for each in records]).result()
+            taken.append(time.perf_counter() - started)
+            assert all(score.reward and score.report and score.report.success for score in scores)
+    return {"hidden_s": round(sorted(taken)[len(taken) // 2], 2), "most_s": round(max(taken), 2), "batches": rounds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
@@ -116,6 +137,7 @@ def main() -> None:
             result[f"{slots} slots"] = {
                 name: measure(work, flags.seconds, slots) for name, work in kinds(sandbox).items()
             }
+            result[f"{slots} slots"]["a batch of 32, executed"] = batch(sandbox, 3)
             if slots == 1:
                 result["parts"] = parts(sandbox, flags.seconds)
     result["load_after"] = os.getloadavg()

@@ -387,7 +387,7 @@ def test_the_host_is_unchanged(siege):
 
 def test_the_next_request_is_answered_in_time(siege):
     assert siege.outcomes["honest"].satisfies(SPEC.expected_ids)
-    assert siege.next_request_s < 2
+    assert siege.next_request_s < 5
 
 
 def test_nothing_is_left_running(siege):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from srl_jax.records import TestSpec
-from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, cgroup, seccomp
+from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, cgroup, isolation, seccomp
 from srl_jax.sandbox.isolation import Jail, SlotPool, open_jail
 from srl_jax.sandbox.toolchain import Bind, cache_directory, find_toolchain
 
@@ -335,40 +336,59 @@ class TestJail:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root leases uids")
 class TestSlots:
-    def test_every_slot_has_its_own_uid_and_gives_it_back(self):
+    @pytest.fixture
+    def own_uids(self, monkeypatch):
+        """Uids that no other process of this machine leases from: other test runs may be at work."""
+        first = 200_000 + 8 * os.getpid()
+        monkeypatch.setattr(isolation, "FIRST_UID", first)
+        monkeypatch.setattr(isolation, "UID_COUNT", 6)
+        return range(first, first + 6)
+
+    def test_every_slot_has_its_own_uid_and_gives_it_back(self, own_uids):
         pools = [SlotPool(memory_bytes=1 << 28, processes=64) for _ in range(2)]
         slots = [pool.lease() for pool in pools for _ in range(3)]
-        assert len({slot.uid for slot in slots}) == 6
+        assert {slot.uid for slot in slots} == set(own_uids)
+        with pytest.raises(SandboxUnavailable, match="in use"):
+            pools[0].lease()
         groups = [folder for slot in slots if slot.cgroup for folder in slot.cgroup.folders]
         assert all(group.is_dir() for group in groups)
         for pool in pools:
             pool.close()
         assert not any(group.exists() for group in groups)
         again = SlotPool(memory_bytes=1 << 28, processes=64)
-        assert again.lease().uid in {slot.uid for slot in slots}
+        assert again.lease().uid in own_uids
         again.close()
 
-    def test_a_dead_holder_frees_its_uid(self):
+    def test_uids_are_leased_between_processes_until_their_holder_dies(self, own_uids):
         script = (
-            "import os\nfrom srl_jax.sandbox.isolation import SlotPool\n"
-            "print(SlotPool(memory_bytes=1 << 28, processes=64).lease().uid, flush=True)\nos.kill(os.getpid(), 9)\n"
+            "import sys\nfrom srl_jax.sandbox import isolation\n"
+            f"isolation.FIRST_UID, isolation.UID_COUNT = {own_uids[0]}, 1\n"
+            "pool = isolation.SlotPool(memory_bytes=1 << 28, processes=64)\n"
+            "print(pool.lease().uid, flush=True)\nsys.stdin.read()\n"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
         pool = SlotPool(memory_bytes=1 << 28, processes=64)
-        slots = [pool.lease() for _ in range(4)]
+        with subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder:
+            assert int(holder.stdout.readline()) == own_uids[0]
+            assert pool.lease().uid == own_uids[1]
+            holder.kill()
+            holder.wait(10)
+        assert pool.lease().uid == own_uids[0]
         pool.close()
-        assert int(done.stdout) in {slot.uid for slot in slots}
 
     def test_a_control_group_bounds_the_sum(self):
-        group = cgroup.open_cgroup("test", memory_bytes=64 << 20, processes=4)
+        group = cgroup.open_cgroup(f"test-{os.getpid()}", memory_bytes=64 << 20, processes=4)
         if group is None:
             pytest.skip("this machine gives us no control groups")
         try:
+            assert group.memory_kills() == 0
             big = subprocess.run(
                 [*group.enter(), sys.executable, "-c", "bytearray(b'x') * (200 << 20)"],
                 capture_output=True,
                 check=False,
             )
+            assert group.memory_kills() == 1
             many = subprocess.run(
                 [*group.enter(), "/bin/sh", "-c", "sleep 1 & sleep 1 & sleep 1 & sleep 1 & wait"],
                 capture_output=True, check=False,
@@ -378,6 +398,97 @@ class TestSlots:
             group.close()
         assert big.returncode == -9
         assert b"fork" in many.stderr.lower()
+
+    @pytest.fixture
+    def version_2(self, monkeypatch, tmp_path):
+        """A folder with version 2's rule, since a machine has one version: what holds processes hands nothing down.
+
+        Returns (our group, what makes it hold these processes).
+        """
+        unit, honest = tmp_path / "unit", Path.write_text
+        unit.mkdir()
+        (tmp_path / "cgroup.controllers").touch()
+        (unit / "cgroup.subtree_control").touch()
+        honest(tmp_path / "self", "0::/unit\n")
+        monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+        monkeypatch.setattr(cgroup, "SELF", tmp_path / "self")
+
+        def write(path, text):
+            members = path.parent / "cgroup.procs"
+            if path.name == "cgroup.subtree_control" and members.read_text().split():
+                raise OSError(errno.EBUSY, "busy")
+            if path == unit / "srl_jax-host" / "cgroup.procs":
+                left = [pid for pid in (unit / "cgroup.procs").read_text().split() if pid != text]
+                honest(unit / "cgroup.procs", "\n".join(left))
+                honest(tmp_path / "self", "0::/unit/srl_jax-host\n")
+            return honest(path, text.replace("+", ""))
+
+        monkeypatch.setattr(Path, "write_text", write)
+        return unit, lambda *pids: honest(unit / "cgroup.procs", "\n".join(map(str, pids)))
+
+    def test_version_2_hands_down_from_a_group_of_ours(self, version_2):
+        unit, hold = version_2
+        hold(os.getpid())
+        for slot in ("1", "2"):  # the second time we are in the leaf
+            group = cgroup.open_cgroup(slot, memory_bytes=7 << 20, processes=5)
+            assert group.folders == (unit / f"srl_jax-{slot}",)
+            assert (group.folders[0] / "memory.max").read_text() == str(7 << 20)
+            assert (group.folders[0] / "pids.max").read_text() == "5"
+            assert group.memory_kills() == 0
+        (group.folders[0] / "memory.events").write_text("oom 3\noom_kill 2\noom_group_kill 0\n")
+        assert group.memory_kills() == 2
+        assert (unit / "cgroup.subtree_control").read_text() == "memory pids"
+
+    @pytest.mark.parametrize("foreign", [0, 1])
+    def test_version_2_leaves_other_peoples_processes_alone(self, version_2, foreign):
+        unit, hold = version_2
+        hold(os.getpid(), foreign)
+        assert cgroup.open_cgroup("1", memory_bytes=1 << 20, processes=5) is None
+        assert not (unit / "srl_jax-host").exists()
+
+    def test_a_sandbox_killed_for_its_memory_is_no_crash(self, jail, own_uids):
+        """Its guest did that: a crash would be retried, and the guest's completion never scored."""
+        pool = SlotPool(memory_bytes=32 << 20, processes=64)
+        slot = pool.lease()
+        if slot.cgroup is None:
+            pytest.skip("this machine gives us no control groups")
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            program = Path(folder) / "bwrap"
+            program.write_text('#!/bin/sh\nx=xxxxxxxx\nwhile :; do x="$x$x"; done\n')
+            program.chmod(0o755)
+            done = dataclasses.replace(jail, bwrap=program).run("engine", {}, limits=Limits(wall_s=60), slot=slot)
+        pool.close()
+        assert done.ended == "memory_limit"
+
+
+def test_two_processes_with_sandboxes_do_not_disturb_each_other():
+    """One does what it can to the machine it sees; the other's runs all succeed, and none is called a crash."""
+    script = (
+        "from srl_jax.records import TestSpec\nfrom srl_jax.sandbox import Limits, Sandbox, SandboxConfig\n"
+        "bodies = ('import os\\nwhile True: os.fork()', 'import os\\nos.kill(-1, 9)',\n"
+        "          'x = bytearray(b\"x\") * (900 << 20)')\n"
+        "with Sandbox(SandboxConfig(test_limits=Limits(wall_s=1.0), slot_memory_bytes=128 << 20)) as sandbox:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        for body in bodies:\n"
+        "            sandbox.run_tests({'test_a.py': body}, TestSpec('unittest', (), ('test_a.py',)))\n"
+    )
+    honest = {"test_a.py": "import unittest\nclass T(unittest.TestCase):\n    def test_x(self): pass\n"}
+    spec = TestSpec("unittest", ("test_a.T.test_x",), ("test_a.py",))
+    with (
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other,
+        Sandbox() as sandbox,
+    ):
+        try:
+            assert other.stdout.readline() == "ready\n"
+            end, outcomes = time.monotonic() + 3, []
+            while time.monotonic() < end:
+                outcomes.append(sandbox.run_tests(honest, spec))
+            assert other.poll() is None
+        finally:
+            other.kill()
+    assert [outcome for outcome in outcomes if not outcome.satisfies(spec.expected_ids)] == []
 
 
 def test_without_a_control_group_memory_is_watched(monkeypatch):

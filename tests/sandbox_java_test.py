@@ -122,13 +122,14 @@ ATTACKS = {
     "Namespace": 'if (new ProcessBuilder("unshare", "-Ur", "true").start().waitFor() != 0) throw new IOException();',
     "FillDisk": 'var f = new FileOutputStream("/tmp/x"); for (int i = 0; i < 200; i++) f.write(new byte[1 << 20]);',
     "FillHeap": "var all = new java.util.ArrayList<byte[]>(); while (all.size() < 100) all.add(new byte[64 << 20]);",
-    "Recursion": "testRecursion();",
+    "Recursion": "recurse();",
 }
 
 
 def test_java_is_held_too(sandbox, monkeypatch):
     monkeypatch.setenv("SRL_SECRET", "hunter2")
-    outcome = run(sandbox, *(held(name, body) for name, body in ATTACKS.items()))
+    recurse = "static void recurse() { recurse(); }"
+    outcome = run(sandbox, recurse, *(held(name, body) for name, body in ATTACKS.items()))
     assert outcome.ended == "finished", outcome
     assert "ESCAPED" not in outcome.output
     assert set(outcome.passed) == {f"AttackTest.java::test{name}" for name in ATTACKS}, outcome

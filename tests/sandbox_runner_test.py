@@ -86,6 +86,12 @@ class TestSuccess:
         report = sandbox.execute(RIGHT, FILES)
         assert (report.success, report.tests, report.expected_diff) == (True, "not_run", None)
 
+    def test_more_or_fewer_matches_than_expected_are_refused(self, sandbox):
+        one = sandbox.execute(RIGHT, FILES, tests=SPEC, expect_matches=(1, 1))
+        more = sandbox.execute(RIGHT, FILES, tests=SPEC, expect_matches=(2, 9))
+        assert (one.success, more.success, more.status, more.matches) == (True, False, Status.TOO_MANY, 1)
+        assert sandbox.apply(RIGHT, FILES, expect_matches=(0, 0)).status is Status.TOO_MANY
+
     def test_an_expected_id_that_does_not_exist_is_no_success(self, sandbox):
         spec = dataclasses.replace(SPEC, expected_ids=(*SPEC.expected_ids, "tests.test_shop.ShopTest.test_gone"))
         assert not sandbox.execute(RIGHT, FILES, tests=spec).success
@@ -107,6 +113,13 @@ class TestSuccess:
 
 
 class TestUnittestRunner:
+    def test_what_keeps_the_supervisor_busy_is_a_timeout_and_no_crash(self):
+        """The supervisor's processor time is not what a flood may use up: a crash would leave the policy unscored."""
+        flood = {"test_x.py": "import os\nwhile True: os.write(1, b'x' * 65536)\n"}
+        with Sandbox(SandboxConfig(test_limits=Limits(wall_s=4.0, cpu_s=1))) as hasty:
+            outcome = hasty.run_tests(flood, TestSpec("unittest", (), ("test_x.py",)))
+        assert outcome.ended in ("timeout", "cut")
+
     def run(self, sandbox, body, **more):
         files = {"test_x.py": "import unittest\n" + body, **more}
         return sandbox.run_tests(files, TestSpec("unittest", (), ("test_x.py",)))

@@ -20,14 +20,26 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from srl_jax import assets
+from srl_jax.config import ConfigError, SandboxSettings
 from srl_jax.rewards import REWARD_VERSION, RewardConfig
+from srl_jax.run import Run
 from srl_jax.sandbox import EngineResult, EnvReport, SandboxConfig, SandboxCrash, Status
-from srl_jax.sandbox.client import TOKEN_VARIABLE, ClientConfig, RemoteRewardService
+from srl_jax.sandbox.client import ClientConfig, RemoteRewardService
 from srl_jax.sandbox.server import ServerLimits, make_app, make_server
 from srl_jax.sandbox.service import RewardService, ScoreRequest, ServiceConfig
-from srl_jax.sandbox.wire import Contract, RemoteError, decode_request, decode_runners, decode_scores, encode_request
+from srl_jax.sandbox.wire import (
+    SERVER_TOKEN,
+    Contract,
+    RemoteError,
+    decode_request,
+    decode_runners,
+    decode_scores,
+    encode_request,
+)
+from srl_jax.tokenizer import load_tokenizer
 from srl_jax.trace import parse_trace, render_trace
-from tests.fakes import HashEmbedder, teacher_record
+from tests.fakes import HashEmbedder, teacher_record, tiny_config
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a token of some length"
@@ -230,7 +242,7 @@ class TestBadRequests:
         assert re.search(named, answer.json()["error"])
 
     def test_an_oversize_body(self):
-        with serving(limits=ServerLimits(max_body_bytes=10_000)) as (url, _):
+        with serving(limits=ServerLimits(max_body_bytes=10_000, discard_s=0.3)) as (url, _):
             answer = post(url, b"x" * 20_000)
             assert (answer.status_code, "10000" in answer.text) == (413, True)
 
@@ -378,9 +390,34 @@ class TestRestart:
         assert future.result(0)[0].reward is None
 
 
+class TestRun:
+    """A run whose rewards come from a server: it executes nothing itself."""
+
+    def test_a_run_takes_rewards_and_runners_from_its_server(self, tmp_path, monkeypatch):
+        contract = Contract(load_tokenizer(assets.model_path("random:tiny")).fingerprint, RewardConfig())
+        config = tiny_config()
+        config.eval.execute, config.sandbox.server = True, "http://127.0.0.1:1"
+        with pytest.raises(ConfigError, match=r"sandbox\.server"), Run(config, tmp_path):
+            pass
+        monkeypatch.setenv(SERVER_TOKEN, TOKEN)
+        monkeypatch.setattr("srl_jax.run.Sandbox", None)
+        with serving(contract=contract) as (config.sandbox.server, _), Run(config, tmp_path) as run:
+            assert run.runners == RUNNERS
+            record = teacher_record(0)
+            assert run.rewards.score([ScoreRequest(record.trace, record)])[0].report is None
+            assert run.judge.score([ScoreRequest(record.trace, record)])[0].report == REPORT
+
+    def test_which_servers_are_a_ray_cluster(self):
+        settings = SandboxSettings()
+        assert settings.ray_address is None
+        for server, address in (("http://x", None), ("ray", "auto"), ("ray://h:1", "ray://h:1"), ("rayon", None)):
+            settings.server = server
+            assert settings.ray_address == address
+
+
 class TestLaunched:
     def launch(self, *flags, token=TOKEN):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), TOKEN_VARIABLE: token}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), SERVER_TOKEN: token}
         command = [sys.executable, str(ROOT / "launch/reward_server.py"), f"--config={ROOT}/configs/tiny.py", *flags]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -388,13 +425,10 @@ class TestLaunched:
         with self.launch(token="short") as process:
             _, said = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert TOKEN_VARIABLE in said
+        assert SERVER_TOKEN in said
         assert "Traceback" not in said
 
     def test_the_launched_server_executes_and_stops_on_a_signal(self):
-        from srl_jax import assets
-        from srl_jax.tokenizer import load_tokenizer
-
         port = free_port()
         contract = Contract(load_tokenizer(assets.model_path("random:tiny")).fingerprint, RewardConfig())
         with self.launch(f"--port={port}") as process:

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srl_jax import assets
+from srl_jax.model import hf
 from srl_jax.model.decoder import Decoder, logits
-from srl_jax.tokenizer import Tokenizer
-from srl_jax.trace import TAGS
+from srl_jax.records import TeacherRecord
+from srl_jax.student import tag_rows
+from srl_jax.tokenizer import Tokenizer, load_tokenizer
+from srl_jax.trace import TAGS, parse_trace
 
 _BUCKET = 128  # tokens; lengths are padded to a multiple, so that few shapes are compiled
 
@@ -47,3 +51,37 @@ def closing_chance(
         closing = tokenizer.encode(TAGS[1])
         greedy.append(scores[len(whole) - len(closing) - shared].argmax() == closing[0])
     return np.asarray(chances), np.asarray(greedy)
+
+
+def _mean_rows(tokenizer: Tokenizer) -> hf.NewRows:
+    """The usual start of a new token's row: the mean of the rows of the text it replaces."""
+    return {
+        tag: {piece: ids.count(piece) / len(ids) for piece in ids}
+        for tag, ids in zip(tokenizer.tag_ids, tokenizer.tag_source_ids, strict=False)
+        if tag in tokenizer.added_tag_ids
+    }
+
+
+def compare(records: Sequence[TeacherRecord], *, few_shot: int) -> list[dict[str, float | str]]:
+    """Closing chances of the untrained SmolLM2 at the end of the teacher's thoughts, a record for each kind of tags."""
+    path = assets.fetch("smollm2-135m-instruct")
+    kinds = {"plain text": (False, None), "atomic": (True, tag_rows), "atomic, mean rows": (True, _mean_rows)}
+    found = []
+    for name, (atomic, rows) in kinds.items():
+        tokenizer = load_tokenizer(path, atomic_tags=atomic)
+        config, params = hf.load_params(path, new_rows=rows(tokenizer) if rows else {})
+        cases = [
+            (tokenizer.encode_prompt(record.task, few_shot=few_shot), parse_trace(record.trace).think)
+            for record in records
+        ]
+        chances, greedy = closing_chance(Decoder(config), params, tokenizer, cases)
+        found.append(
+            {
+                "tags": name,
+                "thoughts": len(records),
+                "mean chance": float(chances.mean()),
+                "median chance": float(np.median(chances)),
+                "closed by greedy decoding": f"{int(greedy.sum())} of {len(records)}",
+            }
+        )
+    return found

@@ -1,4 +1,6 @@
-"""Attention of a completion to itself and to a prompt it shares with its group.
+"""Attention of a completion to itself and to a prompt it shares with its group, in general: any platform, any mask.
+
+flash.py has kernels for the plain causal case on GPUs and TPUs.
 
 One function serves prefill (no prefix), the cached decode step (one query) and the training pass (many queries):
 P prompts are held once, the B = P*G rows that continue them only point at them, so neither their keys nor their

@@ -12,16 +12,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
+from srl_jax.model.flash import flash_attend
+from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
 class Prefix(NamedTuple):
-    """Keys and values of P prompts, every layer, and which of their positions are real."""
+    """Keys and values of P prompts, every layer, and which of their positions are real: the first so many."""
 
     k: Float[Array, "L P K Lp H"]
     v: Float[Array, "L P K Lp H"]
@@ -83,7 +86,8 @@ class Scene(NamedTuple):
     sin: Float[Array, "R B T half"]
     distance: Int[Array, "#B T S"]
     prefix_distance: Int[Array, "P #G #T Lp"] | None
-    column: Int[Array, ""] | None  # of the cache, to write to
+    prefix_lengths: Int[Array, "P"] | None
+    columns: Int[Array, "B T"] | None  # of the cache, where each token's keys and values are written
 
 
 def _prefix_distance(config: ModelConfig, prefix: Prefix, positions: Int[Array, "B T"]) -> Int[Array, "P #G #T Lp"]:
@@ -115,7 +119,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """`x W + b`, plus `(x A) B * alpha/rank` when the caller passes the `lora` collection.
+    """`x W + b`, plus `(x A) B * alpha/rank` when the caller passes the `lora` collection. W may be quantised.
 
     A starts normal with variance 1/fan_in, B at zero (LoRA, arXiv 2106.09685), so a fresh adapter changes nothing.
     """
@@ -133,8 +137,11 @@ class Linear(nn.Module):
         fan_in, batch_shape = x.shape[-1], x.shape[:-1]
         x = x.reshape(-1, fan_in)
         init = nn.initializers.normal(fan_in**-0.5)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
-        y = x @ kernel
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedKernel):
+            y = quantized_matmul(x, kernel)
+        else:
+            y = x @ self.param("kernel", nn.with_logical_partitioning(init, self.axes), (fan_in, self.features))
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + _along_last(self.param("bias", zeros, (self.features,)), y)
@@ -159,6 +166,8 @@ class Block(nn.Module):
     lora_rank: int
     lora_scale: float
     keep_kv: bool
+    attention: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, carry, layer: LayerData, prefix_kv, scene: Scene):
@@ -186,17 +195,23 @@ class Block(nn.Module):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
-            at = (layer.index, 0, 0, scene.column, 0)
-            cache_k.value = jax.lax.dynamic_update_slice(cache_k.value, k[None].astype(cache_k.value.dtype), at)
-            cache_v.value = jax.lax.dynamic_update_slice(cache_v.value, v[None].astype(cache_v.value.dtype), at)
+            at = (layer.index, jnp.arange(batch)[:, None], slice(None), scene.columns)
+            cache_k.value = cache_k.value.at[at].set(k.transpose(0, 2, 1, 3).astype(cache_k.value.dtype), mode="drop")
+            cache_v.value = cache_v.value.at[at].set(v.transpose(0, 2, 1, 3).astype(cache_v.value.dtype), mode="drop")
             k = jax.lax.dynamic_index_in_dim(cache_k.value, layer.index, keepdims=False).astype(k.dtype)
             v = jax.lax.dynamic_index_in_dim(cache_v.value, layer.index, keepdims=False).astype(v.dtype)
 
         def seen(distance):
             return None if distance is None else (distance >= 0) & (distance < layer.window)
 
-        masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
-        y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
+        if self.attention != "xla" and scene.columns is None:  # a decode step has no scores worth avoiding
+            lengths = scene.prefix_lengths
+            y = flash_attend(
+                q, k, v, prefix_kv, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh
+            )
+        else:
+            masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
+            y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
         y = linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
         x = x + (RMSNorm(c.norm_eps, name="attention_post_norm")(y) if c.post_norms else y)
 
@@ -217,13 +232,20 @@ class Decoder(nn.Module):
       config: the model's shapes.
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
       remat: what the backward pass recomputes: "none"; "dots" (everything but products with weights, which are
-        kept); "full" (each layer from its input alone).
+        kept, those with quantised ones apart); "full" (each layer from its input alone).
+      quantize: how the base's linear weights are stored: "none", "int8" or "nf4" (model/quantize.py). The layers take
+        them as they come; who makes or places weights asks here.
+      attention: "xla", or the kernel of model/flash.py that passes over whole rows take.
+      mesh: where such a kernel runs; needed on several devices.
     """
 
     config: ModelConfig
     lora_rank: int = 0
     lora_alpha: float = 1.0
     remat: str = "none"
+    quantize: str = "none"
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -231,15 +253,14 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         prefix: Prefix | None = None,
-        column: Int[Array, ""] | None = None,
         age: Int[Array, "B"] | None = None,
         return_kv: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B K T H"], Float[Array, "L B K T H"]] | None]:
         """Final-norm hidden states of `tokens`, and with `return_kv` every layer's keys and values.
 
         Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
-        collection (`init_cache`), T must be 1: the token is written at `column` of the ring and sees it and the `age`
-        columns before it.
+        collection (`init_cache`), which holds the first `age` tokens of each row, the T that follow are added behind
+        them; a column beyond the cache's end is dropped.
         In both cases it sees all real positions of its row's prompt in `prefix`. Windowed layers see the nearest of
         these only, by position: a row's own positions are consecutive, a prompt's start at 0.
         """
@@ -253,13 +274,12 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         frequencies = jnp.asarray(rope_tables(c))[:, None, None, :]
         angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
-        if column is None:
-            columns = jnp.arange(tokens.shape[1])
-            distance = columns[None, :, None] - columns[None, None, :]
-        else:
-            width = self.variables["cache"]["layers"]["keys"].shape[3]
-            back = ((column - jnp.arange(width)) % width)[None, :]
-            distance = jnp.where(back <= age[:, None], back, -1)[:, None, :]
+        columns = jnp.arange(tokens.shape[1])[None, :]
+        keys = columns
+        if age is not None:
+            columns = age[:, None] + columns
+            keys = jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3])[None, :]
+        distance = columns[:, :, None] - keys[:, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
         layers = nn.scan(
@@ -270,10 +290,15 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, name="layers")
+        )(
+            c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, self.attention, self.mesh,
+            name="layers",
+        )  # fmt: skip
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
         prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
-        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, column)
+        prefix_lengths = None if prefix is None else prefix.mask.sum(-1)
+        columns = None if age is None else columns
+        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, prefix_lengths, columns)
         x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
@@ -327,13 +352,19 @@ def completion_hidden(
     return hidden.reshape(p, g, t, -1)
 
 
+def mergeable(params: dict) -> bool:
+    """Whether adapters can be added into the weights without rounding them away: nothing narrower than float32."""
+    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
 def merge_lora(params: dict, lora: dict, scale: float) -> dict:
     """Base weights with the adapters added in, for sampling.
 
-    Only sound when the base is float32: in bfloat16 the sum rounds away most of a small adapter.
+    Only sound when the base is float32 (see `mergeable`): in bfloat16 the sum rounds away most of a small adapter.
     """
-    if params["embedding"].dtype != jnp.float32:
-        raise ValueError(f"merge_lora needs float32 base weights, not {params['embedding'].dtype}")
+    if not mergeable(params):
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+        raise ValueError(f"merge_lora needs float32 base weights, not {', '.join(sorted(kinds))}")
     layers = dict(params["layers"])
     for name, adapter in lora["layers"].items():
         kernel = layers[name]["kernel"]
@@ -343,7 +374,10 @@ def merge_lora(params: dict, lora: dict, scale: float) -> dict:
 
 
 def abstract_variables(decoder: Decoder) -> dict:
-    """Shapes and logical axes (boxed) of the `params` and `lora` collections, computed without making them."""
+    """Shapes and logical axes (boxed) of the `params` and `lora` collections, computed without making them.
+
+    In float32; of quantised kernels, those of the numbers they stand for.
+    """
     token = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(decoder.init, jax.random.key(0), token, token)
 

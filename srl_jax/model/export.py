@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
@@ -18,6 +19,7 @@ from safetensors.flax import save_file
 from srl_jax.model.decoder import Decoder
 from srl_jax.model.families import to_hf
 from srl_jax.model.hf import expected_shapes, tensor_names
+from srl_jax.model.quantize import QuantizedKernel, dequantize
 from srl_jax.tokenizer import Tokenizer
 from srl_jax.trace import STOP, TAGS
 
@@ -108,8 +110,9 @@ def export_merged(
 ) -> None:
     """Writes base and adapters as one model, tag rows and tokenizer included; transformers loads `out` as any other.
 
-    Each sum is made in float32 and then stored as `dtype`. In "bfloat16" much of a small adapter rounds away: measure
-    what that costs before serving it. `generate` stops at the end of a trace.
+    A quantised base goes out as the numbers it stands for, which are what was trained. Each sum is made in float32 and
+    then stored as `dtype`. In "bfloat16" much of a small adapter rounds away: measure what that costs before serving
+    it. `generate` stops at the end of a trace.
 
     Raises `ExportError` when `out` is not empty.
     """
@@ -158,7 +161,12 @@ def _merged_tensors(
         return node
 
     def make(leaf: tuple[str, ...], layer: int | None) -> np.ndarray:
-        array = np.asarray(leaf_of(leaf) if layer is None else leaf_of(leaf)[layer], np.float32)
+        array = leaf_of(leaf)
+        if layer is not None:
+            array = jax.tree.map(lambda x: x[layer], array)
+        if isinstance(array, QuantizedKernel):
+            array = dequantize(array)
+        array = np.asarray(array, np.float32)
         if leaf[-1] == "scale":
             return array - np.float32(config.norm_offset)
         if leaf[-1] != "kernel":

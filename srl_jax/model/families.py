@@ -276,10 +276,3 @@ def from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         qk_norm=family == "qwen3",
         max_position=int(fields.get(f"{family}.context_length", 8192)),
     )
-
-
-def tiny(vocab_size: int) -> ModelConfig:
-    """The random small model of the tests and of `configs/tiny.py`: every mechanism, few weights."""
-    return ModelConfig(
-        family="llama", vocab_size=vocab_size, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=128
-    )

@@ -1,6 +1,7 @@
 """Weights in and out: Hugging Face directories (safetensors) and GGUF files to the decoder's stacked tree.
 
-Each stacked leaf is assembled and placed before the next is read, so the host never holds a second copy of the model.
+Each stacked leaf is assembled, quantised if it is to be, and placed before the next is read, so the host never holds a
+second copy of the model.
 """
 
 import contextlib
@@ -8,13 +9,16 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from srl_jax.model import quantize as quantization
 from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
 
 NewRows = Mapping[int, Mapping[int, float]]  # id of a token that the tokenizer adds -> {source id: weight}
@@ -89,15 +93,24 @@ class _GgufSource:
         return array
 
 
+def _read_hf_config(path: Path) -> ModelConfig:
+    try:
+        return from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise BadWeights(f"{path} is not JSON ({error}); download the model again") from None
+    except KeyError as error:
+        raise UnsupportedModel(f"{path}: field {error} is missing") from None
+
+
 class _SafetensorsSource:
     """Tensors of a Hugging Face directory (one file or a sharded index), under Hugging Face names."""
 
     column = 0
 
     def __init__(self, directory: Path, stack: contextlib.ExitStack):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        self.config = from_hf(json.loads((directory / "config.json").read_text()))
+        self.config = _read_hf_config(directory / "config.json")
         self.norm_offset = self.config.norm_offset
         index = directory / "model.safetensors.index.json"
         if index.exists():
@@ -109,7 +122,10 @@ class _SafetensorsSource:
             if not (directory / file).exists():
                 raise BadWeights(f"{directory}: {file} is missing; download the model again")
             # framework "flax" reads bfloat16, which numpy alone does not know.
-            handle = stack.enter_context(safe_open(directory / file, framework="flax"))
+            try:
+                handle = stack.enter_context(safe_open(directory / file, framework="flax"))
+            except SafetensorError as error:
+                raise BadWeights(f"{directory / file} cannot be read ({error}); download the model again") from None
             self._by_name.update(dict.fromkeys(handle.keys(), handle))
 
     def get(self, name: str) -> np.ndarray | None:
@@ -205,13 +221,55 @@ def _rows_after(rows: int, new_rows: NewRows) -> int:
     return rows + len(beyond)
 
 
-Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]  # puts one host array, by its path, where it will live
+# Puts one host array (a `QuantizedKernel` of them where the leaf is quantised), by its path, where it will live.
+Place = Callable[[tuple[str, ...], Any], Any]
+
+
+def _assemble(
+    config: ModelConfig,
+    tensor: Callable[[tuple[str, ...], int | None], np.ndarray],
+    dtype,
+    quantize: str,
+    place: Place | None,
+) -> dict:
+    """The `params` tree, leaf by leaf; `tensor(leaf, layer)` gives one layer's matrix or vector of it."""
+    quantization.check(config, quantize)
+    place = place or (lambda _, array: jax.tree.map(jnp.asarray, array))
+
+    def stored(leaf: tuple[str, ...], layer: int | None) -> Any:
+        array, kind = tensor(leaf, layer), leaf_dtype(leaf, dtype)
+        if quantize == "none" or leaf[-1] != "kernel":
+            return array.astype(kind)
+        return jax.tree.map(np.asarray, quantization.quantize(array, quantize, jnp.dtype(kind)))
+
+    params: dict = {}
+    for leaf in expected_shapes(config):
+        layered = leaf[0] == "layers"
+        array = _stack(config.n_layers, partial(stored, leaf)) if layered else stored(leaf, None)
+        node = params
+        for key in leaf[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf[-1]] = place(leaf, array)
+    return params
+
+
+def _stack(count: int, make: Callable[[int], Any]) -> Any:
+    """`make(0)` to `make(count - 1)`, trees of arrays alike, along a new leading axis; one at a time in memory."""
+    stacked = None
+    for i in range(count):
+        one = make(i)
+        if stacked is None:
+            stacked = jax.tree.map(lambda x: np.empty((count, *x.shape), x.dtype), one)
+        for whole, part in zip(jax.tree.leaves(stacked), jax.tree.leaves(one), strict=True):
+            whole[i] = part
+    return stacked
 
 
 def load_params(
     path: str | Path,
     *,
     dtype=jnp.float32,
+    quantize: str = "none",
     new_rows: NewRows | None = None,
     place: Place | None = None,
 ) -> tuple[ModelConfig, dict]:
@@ -220,6 +278,7 @@ def load_params(
     Args:
       path: a `.gguf` file or a Hugging Face directory.
       dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
+      quantize: "int8" or "nf4" for the layers' linear weights.
       new_rows: id of each token that the tokenizer adds -> {source id: weight}; its embedding (and head) row becomes
         that mix of the sources' rows. Some tables have spare rows at the end for it; where they have not, they grow.
       place: default: onto the default device.
@@ -227,47 +286,36 @@ def load_params(
     Raises:
       FileNotFoundError, UnsupportedModel, BadWeights: each naming the file, field or tensor.
     """
-    put = place or (lambda _, array: jnp.asarray(array))
     new_rows = new_rows or {}
-    params: dict = {}
     with _open(Path(path)) as source:
         config = source.config
-        for leaf, shape in expected_shapes(config).items():
-            transpose = leaf[-1] == "kernel"
-            if leaf[0] == "layers":
-                per_layer = shape[1:]
-                array = np.empty(shape, leaf_dtype(leaf, dtype))
-                for i in range(config.n_layers):
-                    array[i] = _fetch(source, tensor_names(config, leaf), per_layer, transpose, i=i)
-            else:
-                array = _fetch(source, tensor_names(config, leaf), shape, transpose).astype(leaf_dtype(leaf, dtype))
-                if leaf[0] in ("embedding", "head"):
-                    array = _set_rows(array, new_rows)
-            node = params
-            for key in leaf[:-1]:
-                node = node.setdefault(key, {})
-            node[leaf[-1]] = put(leaf, array)
+        shapes = expected_shapes(config)
+
+        def tensor(leaf: tuple[str, ...], layer: int | None) -> np.ndarray:
+            shape = shapes[leaf] if layer is None else shapes[leaf][1:]
+            array = _fetch(source, tensor_names(config, leaf), shape, leaf[-1] == "kernel", i=layer)
+            return _set_rows(array, new_rows) if leaf[0] in ("embedding", "head") else array
+
+        params = _assemble(config, tensor, dtype, quantize, place)
     return dataclasses.replace(config, vocab_size=_rows_after(config.vocab_size, new_rows)), params
 
 
-def random_params(config: ModelConfig, seed: int, dtype=jnp.float32, place: Place | None = None) -> dict:
+def random_params(
+    config: ModelConfig, seed: int, dtype=jnp.float32, quantize: str = "none", place: Place | None = None
+) -> dict:
     """Random weights of the true shapes, from host numpy: for tests, timings and the tiny recipe."""
-    put = place or (lambda _, array: jnp.asarray(array))
     rng = np.random.default_rng(seed)
-    params: dict = {}
-    for leaf, shape in expected_shapes(config).items():
+    shapes = expected_shapes(config)
+
+    def tensor(leaf: tuple[str, ...], layer: int | None) -> np.ndarray:
+        shape = shapes[leaf] if layer is None else shapes[leaf][1:]
         if leaf[-1] == "scale":
-            array = np.ones(shape, np.float32)
-        elif leaf[-1] == "bias":
-            array = 0.02 * rng.standard_normal(shape, np.float32)
-        else:
-            fan_in = shape[-2] if leaf[-1] == "kernel" else shape[-1]
-            array = rng.standard_normal(shape, np.float32) * fan_in**-0.5
-        node = params
-        for key in leaf[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf[-1]] = put(leaf, array.astype(leaf_dtype(leaf, dtype)))
-    return params
+            return np.ones(shape, np.float32)
+        if leaf[-1] == "bias":
+            return 0.02 * rng.standard_normal(shape, np.float32)
+        return rng.standard_normal(shape, np.float32) * shape[-2 if leaf[-1] == "kernel" else -1] ** -0.5
+
+    return _assemble(config, tensor, dtype, quantize, place)
 
 
 def weights_hash(params: dict) -> str:

@@ -23,7 +23,6 @@ import httpx
 from srl_jax.sandbox.service import Score, ScoreRequest
 from srl_jax.sandbox.wire import Contract, RemoteError, WireError, decode_runners, decode_scores, encode_request
 
-TOKEN_VARIABLE = "SRL_JAX_REWARD_TOKEN"  # of the environment, where both ends find the secret
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import selectors
@@ -38,7 +39,8 @@ FIRST_UID, UID_COUNT = 64100, 800
 MAX_REPOSITORY_FILES = 512
 _TEARDOWN_S = 10.0
 _WATCH_S = 0.05
-# bwrap's own death by a signal, or its report that init got SIGKILL: nothing inside can do either to them.
+# bwrap's own death by a signal, or its report that init got SIGKILL.  Nothing inside can do either to them, but for
+# using up the memory of the slot's control group, which counts its victims.
 _KILLED_FROM_OUTSIDE = frozenset({*range(-64, 0), 128 + signal.SIGKILL})
 _OWN_VOICE = (b"bwrap: ", b"setpriv: ", b"enter: ")
 
@@ -49,7 +51,7 @@ class SandboxCrash(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one sandboxed run may use.  Bytes, seconds, counts; `memory_bytes` is address space per process."""
+    """What one sandboxed run may use.  Bytes, seconds, counts; `cpu_s` and `memory_bytes`, of address, per process."""
 
     wall_s: float = 10.0
     cpu_s: int = 5
@@ -61,9 +63,13 @@ class Limits:
     output_bytes: int = 16 << 20
 
     def rlimits(self) -> dict[str, int]:
-        """RLIMIT name -> value, for guest/launch.py."""
+        """RLIMIT name -> value, for guest/launch.py.
+
+        The guest program itself, which only feeds and watches a child, has processor time for as long as it may run:
+        a child that keeps it busy must not be able to have it killed.  The child gets `cpu_s`.
+        """
         return {
-            "CPU": self.cpu_s,
+            "CPU": max(math.ceil(self.wall_s), self.cpu_s) + 1,
             "AS": self.memory_bytes,
             "FSIZE": self.file_bytes,
             "NPROC": self.processes,
@@ -145,7 +151,7 @@ class Jail:
                 self.toolchain.python, "-I", "-S", "-B",
                 "/guest/launch.py", json.dumps(limits.rlimits()), f"/guest/{guest}.py",
             ]  # fmt: skip
-            started = time.monotonic()
+            started, starved = time.monotonic(), _memory_kills(slot)
             try:
                 process = subprocess.Popen(
                     command,
@@ -164,14 +170,17 @@ class Jail:
                 init = _Init(told)
                 watched = None if slot.cgroup else slot.memory_bytes
                 try:
-                    ended, stdout, stderr = _converse(process, json.dumps(job).encode(), limits, init, watched)
+                    told_job = json.dumps({**job, "cpu_s": limits.cpu_s}).encode()
+                    ended, stdout, stderr = _converse(process, told_job, limits, init, watched)
                 finally:
                     _end(process, init)
             if process.returncode == ENTER_FAILED or (process.returncode and stderr.startswith(_OWN_VOICE)):
                 # Guests keep their own stderr from foreign code, so this is the isolation speaking.
                 raise SandboxCrash(stderr[-600:].decode("utf-8", "replace").strip())
             if ended == "exit" and process.returncode in _KILLED_FROM_OUTSIDE:
-                raise SandboxCrash(f"the sandbox was killed from outside ({process.returncode})")
+                if _memory_kills(slot) == starved:
+                    raise SandboxCrash(f"the sandbox was killed from outside ({process.returncode})")
+                ended = "memory_limit"
             return Completed(ended, process.returncode, stdout, stderr, time.monotonic() - started)
 
     def _enter(self, slot: Slot) -> list[str]:
@@ -207,6 +216,10 @@ class Jail:
         for bind in (*self.toolchain.binds, *binds):
             options += ["--ro-bind", str(bind.source), str(bind.target)]
         return [*options, "--seccomp", memory.add(seccomp.filter_program())]
+
+
+def _memory_kills(slot: Slot) -> int:
+    return slot.cgroup.memory_kills() if slot.cgroup else 0
 
 
 class _MemoryFiles:

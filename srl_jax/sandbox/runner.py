@@ -227,8 +227,17 @@ class Sandbox:
         finally:
             self._slots.put(slot)
 
-    def apply(self, action: Action, files: Mapping[str, str], *, protected: Sequence[str] = ()) -> EngineResult:
-        """Apply the action alone.  `protected` are globs or exact paths, added to PROTECTED."""
+    def apply(
+        self,
+        action: Action,
+        files: Mapping[str, str],
+        *,
+        protected: Sequence[str] = (),
+        expect_matches: tuple[int, int] | None = None,
+    ) -> EngineResult:
+        """Apply the action alone.  `protected` are globs or exact paths, added to PROTECTED; an action whose number of
+        matches is outside the inclusive range `expect_matches` is refused whole (TOO_MANY, NO_MATCH).
+        """
         with self._slot() as slot:
             return apply_action(
                 action,
@@ -238,6 +247,7 @@ class Sandbox:
                 slot=slot,
                 protected=(*PROTECTED, *protected),
                 max_matches=self.config.max_matches,
+                expect_matches=expect_matches,
                 allow_overlaps=self.config.allow_overlaps,
             )
 
@@ -288,15 +298,17 @@ class Sandbox:
         tests: TestSpec | None = None,
         expected: Mapping[str, str] | None = None,
         protected: Sequence[str] = (),
+        expect_matches: tuple[int, int] | None = None,
     ) -> EnvReport:
         """Apply the action, then run the tests on the result and compare it with what was expected.
 
         `expected` holds the files that the right edit changes, with their texts after it; every other file must
-        be unchanged.  The files of `tests` are protected in addition to `protected` and PROTECTED.
+        be unchanged.  The files of `tests` are protected in addition to `protected` and PROTECTED.  `expect_matches`
+        as in `apply`.
         """
         started = time.monotonic()
         exact = exact_globs(tests.files) if tests else ()
-        result = self.apply(action, files, protected=(*exact, *protected))
+        result = self.apply(action, files, protected=(*exact, *protected), expect_matches=expect_matches)
         outcome = TestOutcome("not_run")
         matched: bool | None = None
         if expected is not None:

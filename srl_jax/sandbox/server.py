@@ -13,6 +13,7 @@ says so (413, 408, 503), never a silent hang.  Scores are pure functions of the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Iterator, Mapping
@@ -35,13 +36,18 @@ MIN_TOKEN_LENGTH = 16
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """`threads` requests are scored at once; up to `max_requests` are taken, the others wait inside the server."""
+    """`threads` requests are scored at once; up to `max_requests` are taken, the others wait inside the server.
+
+    Clients read an answer after they have sent their body, so what is left of one that is refused is read and thrown
+    away, for `discard_s` at most.
+    """
 
     max_body_bytes: int = 32 << 20
     max_total_bytes: int = 512 << 20
     max_requests: int = 1024
     header_s: float = 30.0
     body_s: float = 30.0
+    discard_s: float = 2.0
     threads: int = 4
 
 
@@ -154,21 +160,32 @@ class _Load:
 
 async def _read(request: Request, body: bytearray, load: _Load, limits: ServerLimits) -> None:
     """Collect the body, counting it in `load` as it comes; raises _Refused over any bound."""
-    too_large = _Refused(413, f"the body is over {limits.max_body_bytes} bytes; send fewer items at once")
+    too_large = _Refused(
+        413, f"the body is over {limits.max_body_bytes} bytes; send fewer items at once", Connection="close"
+    )
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced) > limits.max_body_bytes:
+        await _discard(request, limits.discard_s)
         raise too_large
     try:
         async with asyncio.timeout(limits.body_s):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limits.max_body_bytes:
+                    await _discard(request, limits.discard_s)
                     raise too_large
                 if load.bytes + len(chunk) > limits.max_total_bytes:
                     raise _Refused(503, "too many bytes are under way; come back later", **{"Retry-After": "1"})
                 body += chunk
                 load.bytes += len(chunk)
     except TimeoutError as error:
-        raise _Refused(408, f"the body took longer than {limits.body_s} s") from error
+        raise _Refused(408, f"the body took longer than {limits.body_s} s", Connection="close") from error
+
+
+async def _discard(request: Request, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            async for _ in request.stream():
+                pass
 
 
 class _ServiceCounts:

@@ -20,6 +20,7 @@ from srl_jax.sandbox.service import Score, ScoreRequest
 from srl_jax.trace import Rejection
 
 WIRE_VERSION = "srl-score/1"
+SERVER_TOKEN = "SRL_JAX_REWARD_TOKEN"  # the variable of the environment in which both ends find the secret
 
 
 class WireError(ValueError):

@@ -1,7 +1,7 @@
 """Apply one ast-grep rule to texts: runs inside the sandbox; `apply_edits` is also the host's.
 
 stdin: {"program", "rule": inline rules, "extension", "texts": {path: text}, "root": kind of a file's root node,
-        "python": whether Python's own parser should be asked too, "max_matches", "wall_s"}
+        "python": whether Python's own parser should be asked too, "max_matches", "wall_s", "cpu_s"}
 stdout: {"status", "detail", "edits": {path: [[start, end, replacement], ...] in byte offsets}, "matches": {path: n},
          "overlaps": n, "broken": [paths that parse worse after the edit]}
 
@@ -15,6 +15,7 @@ names, ignore files, hidden folders and sgconfig.yml have no say.
 import ast
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -71,6 +72,7 @@ def scan(job, rule, folder, deadline):
     ]
     # A fixed pool size: by default ast-grep starts a thread per core, which a process limit may not allow.
     pid = os.posix_spawn(job["program"], [*arguments, "--threads", "2"], {"HOME": "/tmp"}, file_actions=actions)
+    resource.prlimit(pid, resource.RLIMIT_CPU, (job["cpu_s"], job["cpu_s"] + 1))
     status = None
     while status is None:
         done, raw = os.waitpid(pid, os.WNOHANG)

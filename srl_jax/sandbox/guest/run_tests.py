@@ -1,6 +1,6 @@
 """Run a test program over /repo and report which test ids passed: runs inside the sandbox.
 
-stdin: {"runner", "files", "wall_s", "nonce", "programs": {"python", "node", "java"}}
+stdin: {"runner", "files", "wall_s", "cpu_s", "nonce", "programs": {"python", "node", "java"}}
 stdout: {"ended": "exit"|"timeout", "exit_code", "finished": whether the runner reached its end,
          "passed": [ids], "failed": [ids], "skipped": [ids], "output": the last of stdout and stderr}
 
@@ -13,6 +13,7 @@ through /proc.  A record counts when it carries the run's nonce.
 import ctypes
 import json
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -49,16 +50,23 @@ def instructions(job):
 
 
 def start(job):
-    """Spawn the child; returns (pid, results, output, stdin) with our ends of its pipes."""
+    """Start the child, with a bound on its processor time; returns (pid, results, output, stdin), our ends of pipes."""
     arguments, result_fd = command(job)
     results_in, results_out = os.pipe()
     output_in, output_out = os.pipe()
     stdin_in, stdin_out = os.pipe()
     redirect = {0: stdin_in, 1: output_out, 2: output_out, result_fd: results_out}
-    # Pipe ends are close-on-exec; duplicates made by the spawn are not.  Lift the sources out of the way first.
+    # Pipe ends are close-on-exec; dup2's are not.  Lift the sources out of the way of the targets first.
     lifted = {target: os.dup(source) for target, source in redirect.items()}
-    actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in lifted.items()]
-    pid = os.posix_spawn(arguments[0], arguments, dict(os.environ), file_actions=actions)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for target, source in lifted.items():
+                os.dup2(source, target)
+            resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_s"], job["cpu_s"] + 1))
+            os.execve(arguments[0], arguments, dict(os.environ))
+        finally:
+            os._exit(127)
     for fd in (results_out, output_out, stdin_in, *lifted.values()):
         os.close(fd)
     return pid, results_in, output_in, stdin_out

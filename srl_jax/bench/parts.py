@@ -1,0 +1,179 @@
+"""The parts of the benchmark, what each writes, and the page they make together."""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srl_jax.bench import floor, masking, tables, tags
+from srl_jax.bench.race import SYSTEMS, race
+from srl_jax.bench.weights import read_shape
+from srl_jax.bench.workload import WORKLOADS, Workload
+from srl_jax.config import ConfigError
+from srl_jax.evaluation import write_bytes
+from srl_jax.records import TeacherRecord
+
+PARTS = ("workloads", "grammar", "tags", "ablation")
+# Each switches one thing off; how much faster `ours` is than it is what that thing is worth. What other steps of the
+# sampler are worth (compaction) is shown by one more entry here and in `race.SYSTEMS`.
+ABLATIONS = {"unshared": "prompts shared in sampling (rollout) and in the update"}
+FEW_SHOT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `launch/benchmark.py` was asked for. `records`: reads the dev split, when `tags` is among the parts."""
+
+    out: Path
+    parts: Sequence[str]
+    workloads: Sequence[str]
+    compare: Sequence[str]
+    rounds: int
+    command: str
+    records: Callable[[], list[TeacherRecord]]
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a name that does not exist."""
+        peers = set(SYSTEMS) - {"ours", "unmasked", *ABLATIONS}
+        for flag, given, known in (
+            ("parts", self.parts, PARTS), ("workload", self.workloads, WORKLOADS), ("compare", self.compare, peers)
+        ):  # fmt: skip
+            for name in given:
+                if name not in known:
+                    raise ConfigError(flag, name, f"must be among {', '.join(sorted(known))}")
+
+
+def run(request: Request, say: Callable[[str], None] = print) -> None:
+    """Measures what is missing, then writes `<out>/results.jsonl` (one object a section) and `<out>/results.md`."""
+    request.check()
+    request.out.mkdir(parents=True, exist_ok=True)
+    sections: list[dict[str, Any]] = [{"section": "machine", **machine(request.command)}]
+    for name in request.workloads:
+        workload = WORKLOADS[name]
+        if "workloads" in request.parts:
+            sections += _workload(request, workload, say)
+        if "grammar" in request.parts:
+            meaning = "the mask: ours against the same without it"
+            sections += _race(request, workload, "grammar", ["unmasked"], meaning, say)
+        if "ablation" in request.parts:
+            for system, meaning in ABLATIONS.items():
+                sections += _race(request, workload, "ablation", [system], meaning, say)
+    if "grammar" in request.parts:
+        rows = WORKLOADS[request.workloads[0]].rows
+        title = f"grammar tables of three vocabularies; mask of one step of {rows} rows"
+        sections.append({"section": "figures", "title": title, "figures": _apart(masking.measure, rows)})
+    if "tags" in request.parts:
+        title = "chance that the untrained SmolLM2 closes its thought where the teacher does"
+        figures = _apart(_compare_tags, request.records())
+        sections.append({"section": "figures", "title": title, "figures": figures})
+    lines = "".join(json.dumps(section, ensure_ascii=False) + "\n" for section in sections)
+    write_bytes(request.out / "results.jsonl", lines.encode())
+    write_bytes(request.out / "results.md", page(sections).encode())
+    say(page(sections))
+
+
+def _compare_tags(records: list[TeacherRecord]) -> list[dict[str, Any]]:
+    return tags.compare(records, few_shot=FEW_SHOT)
+
+
+def _race(
+    request: Request, workload: Workload, name: str, others: Sequence[str], title: str, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    systems = {system: SYSTEMS[system] for system in ("ours", *others)}
+    # Who is compared belongs to the name, so that another comparison does not continue this one's rounds.
+    stored = race(
+        "-".join([name, *others]), workload, systems, request.out, rounds=request.rounds, commit=commit(), say=say
+    )
+    shape = dataclasses.asdict(workload)
+    figures = tables.summary(stored, "ours")
+    return [{"section": "race", "title": title, "workload": shape, "figures": figures, "rounds": stored}]
+
+
+def _workload(request: Request, workload: Workload, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    title = "ours, grammar on, beside what users would otherwise run, grammar off"
+    sections = _race(request, workload, "workloads", request.compare, title, say)
+    config = read_shape(request.out / "models" / f"{workload.model}-{workload.dtype}")
+    rates = _apart(floor.measure, config, workload.dtype, floor.rows_needed(workload))
+    say(f"{workload.name}: reads {rates.bandwidth / 1e9:.1f} GB/s, products by rows: {_rates(rates.gemm)} GFLOP/s")
+    if "failed" not in sections[0]["figures"]["ours"]:
+        floors = {part: dataclasses.asdict(value) for part, value in floor.floors(config, workload, rates).items()}
+        sections.append(
+            {
+                "section": "floor",
+                "workload": workload.name,
+                "bandwidth": rates.bandwidth,
+                "gemm": rates.gemm,
+                "floors": floors,
+                "ours": sections[0]["figures"]["ours"],
+            }
+        )
+    return sections
+
+
+def _rates(gemm: Mapping[int, float]) -> str:
+    return ", ".join(f"{rows}: {rate / 1e9:.0f}" for rows, rate in gemm.items())
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value from a process of its own, which leaves no accelerator memory taken."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def commit() -> str:
+    """The commit that is measured, marked where files differ from it; "unknown" outside a repository."""
+    root = Path(__file__).parents[2]
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or "unknown"
+
+
+def machine(command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "commit": commit(),
+        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _sentence(title: str) -> str:
+    return title[0].upper() + title[1:]
+
+
+def page(sections: Sequence[Mapping[str, Any]]) -> str:
+    """The markdown of all sections."""
+    parts = []
+    for section in sections:
+        if section["section"] == "machine":
+            load = ", ".join(map(str, section["load"]))
+            parts.append(
+                f"`{section['command']}` at {section['commit']}, {section['at']}; {section['cores']} cores, load "
+                f"{load} (1, 5, 15 min) at the start; Python {section['python']}."
+            )
+        elif section["section"] == "race":
+            w = section["workload"]
+            first = (
+                f"### {w['name'].upper()}: {w['prompts']} prompts x {w['group_size']} completions, prompt "
+                f"{w['prompt_tokens']}, {w['new_tokens']} new, {w['model']}, {w['dtype']}"
+            )
+            count = len(section["rounds"]["rounds"])
+            note = f"{_sentence(section['title'])}; median (least..greatest) of {count} rounds."
+            parts.append(f"{first}\n\n{note}\n\n{tables.race_table(section['figures'], 'ours')}")
+        elif section["section"] == "floor":
+            rates = f"Reads {section['bandwidth'] / 1e9:.1f} GB/s; products by rows: {_rates(section['gemm'])} GFLOP/s."
+            parts.append(f"{rates}\n\n{tables.floor_table(section['floors'], section['ours'])}")
+        else:
+            parts.append(f"### {_sentence(section['title'])}\n\n{tables.figures_table(section['figures'])}")
+    return "\n\n".join(parts) + "\n"
