@@ -34,10 +34,10 @@ def split_rules(rules: Sequence[Rule], seed: int, withheld: str = "") -> dict[st
 
 
 def split_repositories(repositories: Collection[str], seed: int) -> dict[str, str]:
-    """Repository -> split, drawn by `seed`: of three or more about an eighth (at least one) each to test and dev."""
+    """Repository -> split, drawn by `seed`: of three or more about a fifth (at least one) each to test and dev."""
     order = sorted(set(repositories))
     random.Random(f"{seed}/repositories").shuffle(order)
-    held_out = max(1, round(len(order) / 8)) if len(order) >= 3 else 0
+    held_out = max(1, round(len(order) / 5)) if len(order) >= 3 else 0
     return {
         name: "test" if place < held_out else "dev" if place < 2 * held_out else "train"
         for place, name in enumerate(order)

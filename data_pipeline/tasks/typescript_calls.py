@@ -93,7 +93,8 @@ RULES = (
         ),
         decision="type promises as void",
         keep="keep typed promises",
-        real=r"\bnew Promise\(",
+        # Only files in which every untyped promise is one that waits: the others have a value.
+        real=r"(?s)\A(?!.*\bnew Promise\((?!\(?\w+\)? => setTimeout\(\w+, )).*\bnew Promise\(",
         scenes=(
             typescript_scene(
                 """

@@ -57,7 +57,6 @@ _ANNOTATIONS = (
         ),
         decision="declare unknown, not any",
         keep="keep other types",
-        real=r"^\s*let \w+: any = .*;$",
         scenes=(
             typescript_scene(
                 """
@@ -302,7 +301,6 @@ _ASSERTIONS = (
         ),
         decision="cast to unknown",
         keep="keep other casts",
-        real=r"\b[\w.]+ as any\b",
         scenes=(
             typescript_scene(
                 """
