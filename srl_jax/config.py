@@ -91,6 +91,8 @@ class DataConfig(Section):
     max_prompt_tokens: int = number(1024, at_least=1)  # longer prompts are dropped and counted
     few_shot: int = number(0, at_least=0)  # worked examples shown before the task
     slice_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # empty: every slice alike
+    curriculum: float = number(0.0, at_least=0, at_most=1)  # first epoch: 0 shuffled, 1 strictly easy and short first
+    bucket: int = number(1, at_least=1)  # steps drawn together and sorted by length, so that a step pads less
 
 
 @dataclasses.dataclass
