@@ -9,6 +9,7 @@ adapters on anything else are silently wrong.
 import base64
 import dataclasses
 import errno
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-FORMAT = "srl-checkpoint/1"
+FORMAT = "srl-checkpoint/2"
 
 _REMEDIES = {
     "format": "this checkpoint was written by another version of srl_jax; use that version or a new workdir",
@@ -207,6 +208,15 @@ class Checkpointer:
             (self._directory / str(step)).rename(aside)
         multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
+
+
+def saved_checksums(directory: Path) -> dict[str, Any]:
+    """Step, and checksum of every array, of the newest checkpoint under `directory`; {} where there is none."""
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if not steps:
+        return {}
+    meta = json.loads((directory / str(steps[-1]) / "meta" / "metadata").read_text(encoding="utf-8"))
+    return {"step": steps[-1]} | {name: array["checksum"] for name, array in meta["arrays"].items()}
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from srl_jax.assets import AssetError
-from srl_jax.config import ConfigError, TrainConfig, check_overrides
+from srl_jax.config import ConfigError, NotARun, TrainConfig, check_overrides
 from srl_jax.records import CorruptRecord
 from srl_jax.sandbox.toolchain import SandboxUnavailable
 from srl_jax.tokenizer import TokenizerError
@@ -24,22 +24,25 @@ _USERS_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirec
 
 def user_errors() -> tuple[type[Exception], ...]:
     """Every exception whose message is written for the person at the terminal."""
-    host = (ConfigError, AssetError, TokenizerError, CorruptRecord, SandboxUnavailable, *_USERS_PATHS)
+    host = (ConfigError, NotARun, AssetError, TokenizerError, CorruptRecord, SandboxUnavailable, *_USERS_PATHS)
     if "jax" not in sys.modules:
         return host  # a data machine has no accelerator stack, so nothing below can have been raised
     from srl_jax.checkpoint import CheckpointError
+    from srl_jax.control import Diverged
     from srl_jax.evaluate import NothingToEvaluate
     from srl_jax.memory import DoesNotFit
     from srl_jax.model.export import ExportError
     from srl_jax.model.families import UnsupportedModel
     from srl_jax.model.hf import BadWeights
+    from srl_jax.replay import ReplayError
     from srl_jax.report import ReportError
     from srl_jax.rollout import PromptTooLong
     from srl_jax.sandbox.wire import RemoteError
     from srl_jax.sharding import BadMesh
 
     model = (UnsupportedModel, BadWeights, ExportError, DoesNotFit, BadMesh)
-    return (*host, *model, CheckpointError, ReportError, PromptTooLong, NothingToEvaluate, RemoteError)
+    run = (CheckpointError, Diverged, ReplayError, RemoteError, PromptTooLong)
+    return (*host, *model, *run, ReportError, NothingToEvaluate)
 
 
 def run(main: Callable[[], int | None], *extra_errors: type[Exception], section: type = TrainConfig) -> None:

@@ -113,16 +113,41 @@ class GrpoConfig(Section):
 
     group_size: int = number(8, at_least=1)
     kl_coef: float = number(0.05, at_least=0)
-    kl_estimator: str = choice("k1", "k2", "k3")
-    baseline: str = choice("group", "none")
-    scale: str = choice("none", "std")
+    kl_estimator: str = choice("k1", "k2", "k3", "exact")  # "exact": the full distribution's, a pass more
+    kl_placement: str = choice("reward", "loss")  # "loss" is GRPO's own form; for comparisons with it
+    baseline: str = choice("group", "none", "value")
+    value_rate: float = number(0.5, above=0, at_most=1)  # of the value head, for baseline "value"
+    scale: str = choice("none", "std", "components")  # "components": each by its own std, where one drowns the others
+    credit: str = choice("trace", "blocks")  # "blocks": a component's advantage on its own block of tokens only
+    ratio: str = choice("token", "sequence")  # "sequence" is GSPO's, for long completions of large models
     clip_epsilon_low: float = number(0.2, above=0, below=1)
     clip_epsilon_high: float = number(0.2, above=0)
+    negative_ratio_cap: float = number(0.0, at_least=0)  # dual clip, for several updates a rollout; 0: none
+    importance_cap: float = number(0.0, at_least=0)  # where sampler and trainer differ (bf16, quantised); 0: trusted
     aggregation: str = choice("token", "sequence", "constant")
+    entropy_coef: float = number(0.0, at_least=0)  # where the policy's entropy collapses
     malformed_advantage: str = choice("zero", "penalize")
     dynamic_sampling_min_std: float = number(0.02, at_least=0)  # a group is kept when std R exceeds this
     max_extra_rollouts: int = number(0, at_least=0)  # rollout batches a step may add to replace dropped groups
+    teacher_in_group: bool = False  # the teacher's trace is one of the G members: a cold start (LUFFY)
+    imitation_gamma: float = number(0.1, above=0)  # of the teacher's row: smaller trains unlikely tokens less
+    epochs: int = number(1, at_least=1)  # passes over each rollout, where sampling costs most of a step
+    mini_batches: int = number(1, at_least=1)  # updates in each pass, over as many parts of the rollout
     micro_batch: int = number(8, at_least=1)  # groups per forward and backward pass
+
+
+@dataclasses.dataclass
+class ReplayConfig(Section):
+    """Rollouts stored while a run samples, and trained on without sampling (method "replay")."""
+
+    record: bool = False  # store this run's rollouts in <workdir>/replay, to train on again under other settings
+    dir: str = "runs/demo/replay"  # what method "replay" trains on: the replay directory of another run
+    shuffle: bool = False  # False: in the order recorded, where the policy is nearest to the one that sampled
+    max_age: int = number(0, at_least=0)  # steps between the policy that sampled and this one; older is dropped; 0: any
+    min_ess: float = number(0.5, at_least=0, at_most=1)  # effective share of a group's samples; less is dropped
+    # What is left of a negative advantage of a sample from an older policy. Pushing down what the policy has since
+    # left teaches little and has no lower bound; pulling up has one.
+    stale_negatives: float = number(0.5, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass
@@ -180,6 +205,21 @@ class EvalConfig(Section):
 
 
 @dataclasses.dataclass
+class ControlConfig(Section):
+    """What changes or ends a run while it goes on (srl_jax/control.py); every part is off unless it is set."""
+
+    kl_target: float = number(0.0, at_least=0)  # smoothed KL per token beyond which lambda moves; 0: never
+    kl_response: str = choice("raise", "lower")  # what lambda does then; "lower" is the notes' form, for comparison
+    kl_factor: float = number(1.1, above=1)  # per step, for whoever sees lambda react too slowly
+    kl_stop: float = number(0.0, at_least=0)  # smoothed KL per token that ends the run; for runs nobody watches
+    kl_coef_decay_to: float = number(1.0, at_least=0)  # share of lambda left at the last step (linear)
+    vanishing_spread: float = number(0.0, at_least=0)  # lambda falls while groups' std of rewards is below this
+    patience: int = number(0, at_least=0)  # evaluations without a new best before the run ends; 0: never
+    keep_best: bool = False  # keep the best evaluated state apart, and make it the run's student
+    max_broken_updates: int = number(3, at_least=1)  # non-finite updates in a row before the run ends
+
+
+@dataclasses.dataclass
 class CheckpointConfig(Section):
     """How often training state is saved and how many states are kept."""
 
@@ -213,7 +253,8 @@ class SandboxSettings(Section):
 class TrainConfig(Section):
     """One run. Equal configurations on equal data and hardware give equal trajectories."""
 
-    method: str = choice("srl", "sft")  # "sft": the baseline, likelihood of the teacher's traces, no rollouts
+    # "sft": the baseline, likelihood of the teacher's traces; "replay": stored rollouts. Neither samples.
+    method: str = choice("srl", "sft", "replay")
     seed: int = number(0, at_least=0, below=2**31)
     steps: int = number(100, at_least=1)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
@@ -221,12 +262,19 @@ class TrainConfig(Section):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+    replay: ReplayConfig = dataclasses.field(default_factory=ReplayConfig)
     reward: RewardSettings = dataclasses.field(default_factory=RewardSettings)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    control: ControlConfig = dataclasses.field(default_factory=ControlConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     sandbox: SandboxSettings = dataclasses.field(default_factory=SandboxSettings)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates made of one rollout."""
+        return 1 if self.method == "sft" else self.grpo.epochs * self.grpo.mini_batches
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -256,6 +304,8 @@ def validate(config: TrainConfig) -> None:
                 "must be a number above 0; leave a slice out of the mixture by naming only the others",
             )
     _validate_grpo(config)
+    _validate_control(config)
+    _validate_replay(config)
     reward = config.reward
     if reward.action_weight + reward.state_weight + reward.think_weight == 0:
         raise ConfigError("reward.action_weight", 0, "must be above 0 where state_weight and think_weight are 0")
@@ -317,7 +367,7 @@ def check_overrides(argv: Sequence[str], flag: str = "config", section: type = T
 
 def _validate_grpo(config: TrainConfig) -> None:
     grpo, groups = config.grpo, config.data.prompts_per_step
-    if grpo.group_size < 2 and (grpo.baseline == "group" or grpo.scale == "std"):
+    if grpo.group_size < 2 and (grpo.baseline == "group" or grpo.scale != "none"):
         raise ConfigError(
             "grpo.group_size",
             grpo.group_size,
@@ -330,13 +380,74 @@ def _validate_grpo(config: TrainConfig) -> None:
             grpo.clip_epsilon_high,
             f"must be at least grpo.clip_epsilon_low = {grpo.clip_epsilon_low}",
         )
-    if grpo.micro_batch > groups or groups % grpo.micro_batch:
-        divisors = [d for d in range(1, groups + 1) if groups % d == 0]
+    if groups % grpo.mini_batches:
+        raise ConfigError("grpo.mini_batches", grpo.mini_batches, f"must divide data.prompts_per_step = {groups}")
+    part = groups // grpo.mini_batches
+    if grpo.micro_batch > part or part % grpo.micro_batch:
+        divisors = [d for d in range(1, part + 1) if part % d == 0]
         raise ConfigError(
             "grpo.micro_batch",
             grpo.micro_batch,
-            f"must divide data.prompts_per_step = {groups}: one of {divisors}",
+            f"must divide data.prompts_per_step{' / grpo.mini_batches' if part < groups else ''} = {part}: "
+            f"one of {divisors}",
         )
+    if grpo.negative_ratio_cap and grpo.negative_ratio_cap < 1 + grpo.clip_epsilon_low:
+        raise ConfigError(
+            "grpo.negative_ratio_cap", grpo.negative_ratio_cap, f"must be 0 or above 1 + {grpo.clip_epsilon_low}"
+        )
+    if grpo.credit == "blocks" or grpo.scale == "components":
+        name = "credit" if grpo.credit == "blocks" else "scale"
+        value = grpo.__dict__[name]
+        if grpo.baseline != "group":
+            raise ConfigError(f"grpo.{name}", value, "components are compared within a group: set baseline='group'")
+        if config.reward.build().needs_execution:
+            raise ConfigError(
+                f"grpo.{name}", value,
+                "what an action does is no component of a block: set reward.execution=0 and reward.match_gate=0",
+            )  # fmt: skip
+    if grpo.teacher_in_group and grpo.group_size < 3:
+        raise ConfigError("grpo.group_size", grpo.group_size, "must be at least 3 with grpo.teacher_in_group")
+
+
+def _validate_control(config: TrainConfig) -> None:
+    control, evaluation = config.control, config.eval
+    for name in ("kl_target", "vanishing_spread"):
+        value = control.__dict__[name]
+        if value and not config.grpo.kl_coef:
+            raise ConfigError(f"control.{name}", value, "moves lambda by factors, so grpo.kl_coef must be above 0")
+    if control.kl_stop and control.kl_stop <= control.kl_target:
+        raise ConfigError(
+            "control.kl_stop", control.kl_stop, f"must be above control.kl_target = {control.kl_target}"
+        )
+    chooses = control.patience or control.keep_best
+    if chooses and not evaluation.every:
+        raise ConfigError("eval.every", 0, "must be above 0 where control.patience or control.keep_best is set")
+    if chooses and evaluation.split != "dev":
+        raise ConfigError(
+            "eval.split",
+            evaluation.split,
+            "must be 'dev' where control.patience or control.keep_best choose by it; the test split would then be "
+            "spoiled (launch/evaluate.py --split=test evaluates the chosen student)",
+        )
+
+
+def _validate_replay(config: TrainConfig) -> None:
+    grpo, replay = config.grpo, config.replay
+    if replay.record and config.method != "srl":
+        raise ConfigError("replay.record", True, f"method {config.method!r} samples nothing to record")
+    if replay.record and grpo.teacher_in_group:
+        raise ConfigError("replay.record", True, "a teacher's row has no log-probs; set grpo.teacher_in_group=False")
+    if config.method != "replay":
+        return
+    if not replay.dir.strip():
+        raise ConfigError("replay.dir", "", "method 'replay' needs the replay directory of a run with replay.record")
+    # A stored group holds total rewards, and no teacher.
+    needed = {"credit": ("trace",), "scale": ("none", "std"), "baseline": ("group", "none")}
+    needed |= {"teacher_in_group": (False,), "importance_cap": (0.0,)}
+    for name, choices in needed.items():
+        if grpo.__dict__[name] not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise ConfigError(f"grpo.{name}", grpo.__dict__[name], f"must be {wanted} with method 'replay'")
 
 
 def _validate_fields(section: Section, prefix: str) -> None:

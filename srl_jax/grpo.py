@@ -107,6 +107,12 @@ def informative_groups(
     return (_population_std(rewards, valid) > min_std)[:, 0]
 
 
+def group_std(rewards: Float[Array, "P G"], valid: Mask | None = None) -> Float[Array, "P 1"]:
+    """The groups' population standard deviation over their valid members, exactly 0 for a tied group."""
+    rewards, valid = _scored(rewards, valid)
+    return jnp.where(_tied(rewards, valid), 0.0, _population_std(rewards, valid))
+
+
 def kl_estimate(
     logprobs: Float[Array, "..."], ref_logprobs: Float[Array, "..."], estimator: Estimator
 ) -> Float[Array, "..."]:
@@ -167,24 +173,50 @@ def clipped_surrogate(
     max_length: int | None = None,
     denominator: Float[Array, ""] | None = None,
     level: RatioLevel = "token",
+    negative_ratio_cap: float | None = None,
     token_weights: Float[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """The PPO-clip loss to minimise: -aggregate(min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)).
 
     `advantages` is one number a completion, or one a token where blocks of a trace are credited apart.
     `level` "token" uses each token's ratio, "sequence" GSPO's exp(mean over the completion of the log
-    ratios), one a row (GSPO wants aggregation "sequence"). `token_weights` multiply the per-token loss as
-    constants (`truncated_importance_weights`). `aggregation`, `max_length`, `denominator`: see
-    `aggregate`. Rows whose mask is all zero contribute nothing and count nowhere; if no row is left the
-    loss is 0 with zero gradient.
+    ratios), one a row (GSPO wants aggregation "sequence"). `negative_ratio_cap` c (dual clip, arXiv 1912.09729)
+    bounds what the minimum leaves unbounded: with A < 0 the gain is at least c A, so that a stale token that the
+    policy has come to like is not pushed down by its whole ratio. `token_weights` multiply the per-token loss as
+    constants (`truncated_importance_weights`). `aggregation`, `max_length`, `denominator`: see `aggregate`. Rows
+    whose mask is all zero contribute nothing and count nowhere; if no row is left the loss is 0 with zero gradient.
     """
     mask = _as_bool(completion_mask)
     ratio = _policy_ratio(logprobs, old_logprobs, mask, level)
     advantages = _per_token(advantages, mask)
     clipped = jnp.clip(ratio, 1.0 - clip_epsilon_low, 1.0 + clip_epsilon_high)
     gain = jnp.minimum(ratio * advantages, clipped * advantages)
+    if negative_ratio_cap is not None:
+        gain = jnp.where(advantages < 0, jnp.maximum(gain, negative_ratio_cap * advantages), gain)
     if token_weights is not None:
         gain = gain * jax.lax.stop_gradient(_masked(token_weights, mask))
+    return -aggregate(gain, mask, aggregation=aggregation, max_length=max_length, denominator=denominator)
+
+
+def imitation_gain(
+    logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B"],
+    completion_mask: Mask,
+    *,
+    gamma: float,
+    aggregation: Aggregation,
+    max_length: int | None = None,
+    denominator: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """The loss of rows that no policy of ours sampled, such as a teacher's trace: -aggregate(A pi / (pi + gamma)).
+
+    LUFFY's shaping (arXiv 2504.14945, eq. 6): such rows have no log-probs to form a ratio with, and the policy's own
+    probability stands in its place, bent so that tokens the policy finds unlikely keep a gradient
+    (gamma / (pi + gamma)^2 times that of pi). Neither clipped nor importance weighted.
+    """
+    mask = _as_bool(completion_mask)
+    probability = jnp.exp(_masked(logprobs, mask))
+    gain = _per_token(advantages, mask) * probability / (probability + gamma)
     return -aggregate(gain, mask, aggregation=aggregation, max_length=max_length, denominator=denominator)
 
 

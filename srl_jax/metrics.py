@@ -12,22 +12,29 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import histogram, scalar
 
 METRICS_FILE = "metrics.jsonl"
+HISTOGRAMS_FILE = "histograms.jsonl"
+_BINS = 24
+# Rewards lie in [-.2, 1]: bins of .05 with these ends are the same in every run and step, and so comparable.
+_REWARD_RANGE = (-0.2, 1.0)
 _PLAIN_SECONDS = 10.0  # between two lines about one evaluation where the output is a file or a pipe
 
 
 class MetricWriter:
-    """Writes `<workdir>/metrics.jsonl`, `<workdir>/tensorboard/` and progress on `console`.
+    """Writes `<workdir>/metrics.jsonl`, `histograms.jsonl` and `tensorboard/`, and progress on `console`.
 
     `resumed_step` is the step the run goes on from (0: a fresh start). Lines of later steps, which a killed run had
     written after its last checkpoint, are dropped, and so is a line cut off in the middle.
@@ -43,10 +50,9 @@ class MetricWriter:
     ):
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / METRICS_FILE
-        if path.exists():
-            _keep_until(path, resumed_step)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines, self._histograms = (
+            self._go_on(self._workdir / name, resumed_step) for name in (METRICS_FILE, HISTOGRAMS_FILE)
+        )
         self._tensorboard = _Events(self._workdir / "tensorboard", purge_step=resumed_step + 1)
         self._view = _View(console or Console(), total_steps, resumed_step)
 
@@ -56,8 +62,23 @@ class MetricWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Records one step. None is a value that was not measured; a NaN or infinity is written as null and named."""
+    @staticmethod
+    def _go_on(path: Path, step: int) -> TextIO:
+        if path.exists():
+            _keep_until(path, step)
+        return path.open("a", encoding="utf-8")
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        histograms: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+    ) -> None:
+        """Records one step. None is a value that was not measured; a NaN or infinity is written as null and named.
+
+        `histograms` are finite values to be counted in bins: of .05 over [-.2, 1] for rewards, over their own range
+        for others.
+        """
         broken = sorted(name for name, value in metrics.items() if value is not None and not math.isfinite(value))
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         record |= {name: None if name in broken else value for name, value in metrics.items()}
@@ -65,7 +86,11 @@ class MetricWriter:
             record["non_finite"] = broken
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()  # what was written survives a kill of this process
-        self._tensorboard.write(step, metrics)
+        counted = {name: _histogram(name, values) for name, values in (histograms or {}).items() if len(values)}
+        if counted:
+            self._histograms.write(json.dumps({"step": step} | counted) + "\n")
+            self._histograms.flush()
+        self._tensorboard.write(step, metrics, histograms or {})
         self._view.show(step, metrics)
 
     def note(self, message: str) -> None:
@@ -82,13 +107,19 @@ class MetricWriter:
         """Flushes and closes everything; the progress display ends."""
         self._view.close()
         self._lines.close()
+        self._histograms.close()
         self._tensorboard.close()
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | os.PathLike[str], name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The records of a run in the order written; [] where there are none. A cut-off last line is left out."""
-    path = Path(workdir) / METRICS_FILE
+    path = Path(workdir) / name
     return [record for record, _ in _records(path)] if path.exists() else []
+
+
+def is_timing(name: str) -> bool:
+    """Whether a metric depends on the clock or on what was compiled before, and so differs between equal runs."""
+    return name.startswith("seconds/") or name in ("time", "tokens_per_second", "model_tflops", "mfu", "compiles")
 
 
 def describe(metrics: Mapping[str, float | None]) -> str:
@@ -129,6 +160,18 @@ def _keep_until(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
+def _bins(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    low, high = _REWARD_RANGE if name.startswith("reward/") else (float(np.min(values)), float(np.max(values)))
+    return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
+
+
+def _histogram(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """The range and the counts of equal bins over it; what lies outside is counted in the bin at its end."""
+    edges = _bins(name, values)
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return {"range": [round(float(edges[0]), 6), round(float(edges[-1]), 6)], "counts": counts.tolist()}
+
+
 class _Events:
     """TensorBoard's event file, written by the calling thread.
 
@@ -143,10 +186,15 @@ class _Events:
             Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
         )
 
-    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, float | None], histograms: Mapping[str, Sequence[float] | np.ndarray]
+    ) -> None:
         values = [scalar(name, value).value[0] for name, value in metrics.items() if value is not None]
         event = Event(wall_time=time.time(), step=step)
         event.summary.value.extend(values)
+        for name, some in histograms.items():
+            if len(some):
+                event.summary.value.extend(histogram(f"histogram/{name}", np.asarray(some), _bins(name, some)).value)
         self._file.write_event(event)
         self._file.flush()
 
@@ -154,8 +202,34 @@ class _Events:
         self._file.close()
 
 
+# Rows of the live view: title, metrics, and how their values are shown.
+_ROWS = (
+    ("reward", ("reward/total",), "{:.3f}"),
+    ("action, state, think", ("reward/action", "reward/state", "reward/think"), "{:.3f}"),
+    ("group spread, kept", ("reward/group_std", "kept_groups"), "{:.3f}"),
+    ("KL, lambda", ("kl", "kl_coef"), "{:.4f}"),
+    ("entropy, clipped", ("entropy", "clip_low", "clip_high"), "{:.3f}"),
+    ("parse rate, tokens", ("parse_rate", "completion_tokens"), "{:.2f}"),
+    ("loss, gradient", ("loss", "grad_norm"), "{:.4f}"),
+    ("tok/s, TFLOP/s, MFU", ("tokens_per_second", "model_tflops", "mfu"), "{:.3g}"),
+    ("s: rollout, reward, update", ("seconds/rollout", "seconds/reward_wait", "seconds/update"), "{:.2f}"),
+)
+_BARS = "▁▂▃▄▅▆▇█"
+_TREND = 40  # steps
+
+
+def trend(values: Sequence[float | None]) -> str:
+    """A line of block characters from the lowest to the highest value; a blank where there is none."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return " " * len(values)
+    low, span = min(known), max(known) - min(known)
+    place = lambda value: 0 if span == 0 else round((value - low) / span * (len(_BARS) - 1))
+    return "".join(" " if v is None or not math.isfinite(v) else _BARS[place(v)] for v in values)
+
+
 class _View:
-    """A live bar on a terminal, plain lines elsewhere (a log file must not hold control codes)."""
+    """A live table and bar on a terminal, plain lines elsewhere (a log file must not hold control codes)."""
 
     def __init__(self, console: Console, total_steps: int, resumed_step: int):
         self._console = console
@@ -163,29 +237,41 @@ class _View:
         self._seconds: deque[float] = deque(maxlen=20)
         self._last = time.monotonic()
         self._progress: Progress | None = None
+        self._recent: deque[Mapping[str, float | None]] = deque(maxlen=_TREND)
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=40),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
-            self._progress.start()
-            self._training = self._progress.add_task("training", total=total_steps, completed=resumed_step, numbers="")
+            self._training = self._progress.add_task("training", total=total_steps, completed=resumed_step)
+            self._live = Live(self._progress, console=console, refresh_per_second=4)
+            self._live.start()
 
     def show(self, step: int, metrics: Mapping[str, float | None]) -> None:
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
         if self._progress is not None:
-            self._progress.update(self._training, completed=step, numbers=describe(metrics))
+            self._recent.append(metrics)
+            self._progress.update(self._training, completed=step)
+            self._live.update(Group(self._table(), self._progress))
             return
         # The median, because the first step compiles and an evaluation falls between two others.
         left = round(statistics.median(self._seconds) * max(0, self._total - step))
         eta = f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         self._print(f"step {step}/{self._total}  {describe(metrics)}  {eta}")
+
+    def _table(self) -> Table:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for title, names, form in _ROWS:
+            values = [self._recent[-1].get(name) for name in names]
+            if any(value is not None for value in values):
+                texts = ["-" if value is None else form.format(value) for value in values]
+                table.add_row(title, "  ".join(texts), trend([m.get(names[0]) for m in self._recent]))
+        return table
 
     def note(self, message: str) -> None:
         self._print(message)
@@ -193,7 +279,7 @@ class _View:
     @contextlib.contextmanager
     def part(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         if self._progress is not None:
-            task = self._progress.add_task(description, total=total, numbers="")
+            task = self._progress.add_task(description, total=total)
             try:
                 yield lambda n: self._progress.advance(task, n)
             finally:
@@ -212,7 +298,7 @@ class _View:
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._live.stop()
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

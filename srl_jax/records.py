@@ -138,13 +138,17 @@ class SamplerSettings:
     top_p: float
     top_k: int
     constrained: bool
+    max_new_tokens: int  # the grammar's masks, and so the log-probs, depend on what is left of both budgets
+    max_think_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
 class ReplayGroup:
     """Kind B: G stored completions of one prompt, enough to train on without sampling.
 
-    P prompt tokens, T completion tokens, padded on the right; `completion_mask` is 1 on trained tokens.
+    P prompt tokens, T completion tokens, padded on the right; `completion_mask` is 1 on trained tokens, and nowhere in
+    a row that was not scored. `grammar_states` is the automaton's state before each token, which tells another
+    grammar. `policy_step` counts the updates of the policy that sampled, `policy_version` says of which run.
     `sampler_logprobs` are natural logarithms under the sampler's own (masked, tempered) distribution: the denominator
     of the off-policy ratio. It is never invented: a group without them cannot be stored. Equal when the stored bytes
     are equal.
@@ -158,7 +162,9 @@ class ReplayGroup:
     sampler_logprobs: Annotated[np.ndarray, Layout("<f4", ("G", "T"))]
     grammar_states: Annotated[np.ndarray, Layout("<i4", ("G", "T"))]
     rewards: Annotated[np.ndarray, Layout("<f4", ("G",))]
+    malformed: Annotated[np.ndarray, Layout("|b1", ("G",))]
     policy_version: str
+    policy_step: int
     tokenizer: str  # Tokenizer.fingerprint
     sampler: SamplerSettings
     versions: Versions

@@ -3,24 +3,28 @@
 The device samples and scores log-probs while the host parses, embeds and compares; the two meet in `TrainBatch`.
 """
 
-import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from srl_jax import grammar, grpo
 from srl_jax.config import TrainConfig
+from srl_jax.groups import Groups, informative, rollout_metrics, sampled_kl
+from srl_jax.groups import advantages as group_advantages
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
+from srl_jax.sandbox.service import ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
-from srl_jax.train_step import StepSettings, TrainBatch, reference_logprobs
+from srl_jax.teacher_rows import with_teachers
+from srl_jax.train_step import StepSettings, TrainBatch, current_scores, reference_logprobs
+from srl_jax.value import guess, prompt_features
 
 # So many records in a row that cannot be used mean a wrong setting, not bad luck.
 _MAX_SKIPPED = 1000
@@ -30,42 +34,18 @@ class PromptTooLong(ValueError):
     """No record of the data set fits into the prompt budget."""
 
 
-@dataclasses.dataclass
-class Groups:
-    """P groups of G scored completions on the host; every array leads with [P]."""
+class Rollout(NamedTuple):
+    """One step's batch and what it came from.
 
-    records: list[TeacherRecord]
-    texts: list[list[str]]
-    scores: list[list[Score]]
-    arrays: dict[str, np.ndarray]  # the sampled arrays: prompt_tokens, prompt_lengths, tokens, mask, logprobs, ref
+    `drawn` is everything that was sampled; `used` the groups of the batch, in its order, a teacher's row included.
+    `features` [P, D] are what the value head reads, None without one.
+    """
 
-    def column(self, part: str) -> np.ndarray:
-        """One number of every completion's reward, [P, G], NaN where it does not exist (malformed, unscored)."""
-        values = [[np.nan if s.reward is None else getattr(s.reward, part) for s in row] for row in self.scores]
-        return np.asarray([[np.nan if v is None else v for v in row] for row in values], np.float32)
-
-    @property
-    def valid(self) -> np.ndarray:
-        return np.asarray([[score.reward is not None for score in row] for row in self.scores])
-
-    @property
-    def malformed(self) -> np.ndarray:
-        return np.asarray(
-            [[s.reward is not None and s.reward.rejection is not None for s in row] for row in self.scores]
-        )
-
-    def take(self, indices: Sequence[int]) -> "Groups":
-        index = list(indices)
-        return Groups(
-            [self.records[i] for i in index],
-            [self.texts[i] for i in index],
-            [self.scores[i] for i in index],
-            {name: array[index] for name, array in self.arrays.items()},
-        )
-
-    def __add__(self, other: "Groups") -> "Groups":
-        arrays = {name: np.concatenate([array, other.arrays[name]]) for name, array in self.arrays.items()}
-        return Groups(self.records + other.records, self.texts + other.texts, self.scores + other.scores, arrays)
+    batch: TrainBatch
+    metrics: dict[str, float | None]
+    drawn: Groups
+    used: Groups
+    features: jax.Array | None
 
 
 def take_prompts(
@@ -121,22 +101,26 @@ def _states(automaton, tokens, *, max_new_tokens: int, max_think_tokens: int):
     return jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[2:]), states)
 
 
-def make_batch(student: Student, arrays: dict[str, np.ndarray], advantages: np.ndarray) -> TrainBatch:
-    """Places host arrays on the mesh and replays the grammar over the sampled tokens."""
-    put = partial(jax.device_put, device=batch_sharding(student.mesh))
-    tokens = put(arrays["tokens"])
-    states = _states(
+def grammar_states(student: Student, tokens: np.ndarray | jax.Array) -> grammar.GrammarState:
+    """The state before each of the tokens [P, G, T]."""
+    return _states(
         student.automaton,
         tokens,
         max_new_tokens=student.sampling.max_new_tokens,
         max_think_tokens=student.sampling.max_think_tokens,
     )
+
+
+def make_batch(student: Student, arrays: dict[str, np.ndarray], advantages: np.ndarray) -> TrainBatch:
+    """Places host arrays on the mesh and replays the grammar over the sampled tokens."""
+    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    tokens = put(arrays["tokens"])
     return TrainBatch(
         put(arrays["prompt_tokens"]),
         put(arrays["prompt_lengths"]),
         tokens,
         put(arrays["mask"]),
-        states,
+        grammar_states(student, tokens),
         put(arrays["logprobs"]),
         put(advantages.astype(np.float32)),
     )
@@ -212,8 +196,11 @@ def collect_rollouts(
     service: ScoresCompletions,
     config: TrainConfig,
     settings: StepSettings,
-) -> tuple[TrainBatch, dict[str, float], Groups]:
-    """One step's batch, its metrics, and the groups behind it.
+    *,
+    kl_coef: float | None = None,
+    value: dict | None = None,
+) -> Rollout:
+    """Samples and scores one step's batch. `kl_coef` replaces `grpo.kl_coef`; `value` is the value head's weights.
 
     Dynamic sampling: groups whose rewards barely differ teach nothing; they are replaced by further rollouts while
     the budget lasts. What is still missing then stays in the batch with an empty mask, so shapes never change.
@@ -222,7 +209,7 @@ def collect_rollouts(
     variables = student.sampling_variables(lora)
     timing: Counter = Counter()
     drawn: Groups | None = None
-    informative: list[int] = []
+    kept: list[int] = []
     skipped = 0
     for attempt in range(1 + c.max_extra_rollouts):
         batch_records, prompts, too_long = take_prompts(
@@ -231,84 +218,73 @@ def collect_rollouts(
         skipped += too_long
         groups = sample_groups(
             student, variables, batch_records, prompts, jax.random.fold_in(key, attempt), service,
-            group_size=c.group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
-            slots=config.sampling.slots,
+            group_size=c.group_size - c.teacher_in_group, prompt_width=config.data.max_prompt_tokens,
+            settings=settings, timing=timing, slots=config.sampling.slots,
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups
-        informative = _informative(drawn, config)
-        if len(informative) >= wanted:
+        members = with_teachers(student, drawn, config) if c.teacher_in_group else drawn
+        kept = informative(members, config)
+        if len(kept) >= wanted:
             break
-    metrics = _metrics(drawn, informative, skipped, timing)
-    others = [i for i in range(len(drawn.records)) if i not in set(informative)]
-    chosen = (informative + others)[:wanted]
-    used = drawn.take(chosen)
-    live = np.asarray([i in set(informative) for i in chosen])
-    advantages = _advantages(used, config) * live[:, None]
-    arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
-    return make_batch(student, arrays, advantages), metrics, drawn
+    others = [i for i in range(len(drawn.records)) if i not in set(kept)]
+    chosen = (kept + others)[:wanted]
+    used = members.take(chosen)
+    live = np.asarray([i in set(kept) for i in chosen])
+    started = time.perf_counter()
+    coefficient = c.kl_coef if kl_coef is None else kl_coef
+    batch, features = _weigh(student, lora, used, live, config, settings, coefficient, value)
+    timing["reference"] += time.perf_counter() - started
+    return Rollout(batch, rollout_metrics(drawn, kept, skipped, timing), drawn, used, features)
 
 
-def _informative(groups: Groups, config: TrainConfig) -> list[int]:
-    """Indices of the groups worth training on."""
-    if config.grpo.baseline == "none":
-        keep = groups.valid.any(axis=1)  # without a group mean, equal rewards still have a gradient
-    else:
-        rewards = np.nan_to_num(groups.column("total"))
-        keep = grpo.informative_groups(rewards, config.grpo.dynamic_sampling_min_std, groups.valid)
-    return np.flatnonzero(np.asarray(keep)).tolist()
-
-
-def _kl(groups: Groups, estimator: grpo.Estimator) -> np.ndarray:
-    """K [P, G]: per-token mean of the estimate under the sampled policy."""
-    values = grpo.kl_estimate(groups.arrays["logprobs"], groups.arrays["ref"], estimator)
-    p, g, t = groups.arrays["mask"].shape
-    mean = grpo.mean_over_tokens(values.reshape(-1, t), groups.arrays["mask"].reshape(-1, t))
-    return np.asarray(mean).reshape(p, g)
-
-
-def _advantages(groups: Groups, config: TrainConfig) -> np.ndarray:
+def _weigh(
+    student: Student,
+    lora: dict,
+    used: Groups,
+    live: np.ndarray,
+    config: TrainConfig,
+    settings: StepSettings,
+    kl_coef: float,
+    value: dict | None,
+) -> tuple[TrainBatch, jax.Array | None]:
+    """The batch of groups of which only the `live` ones are trained on, and the value head's features."""
     c = config.grpo
-    masks = {"valid": groups.valid, "malformed": groups.malformed, "malformed_advantage": c.malformed_advantage}
-    rewards, kl = np.nan_to_num(groups.column("total")), _kl(groups, c.kl_estimator)
-    if c.baseline == "none":
-        return np.asarray(grpo.baseline_advantages(rewards, kl, kl_coef=c.kl_coef, **masks))
-    return np.asarray(grpo.group_advantages(rewards, kl, kl_coef=c.kl_coef, scale=c.scale, **masks))
-
-
-def _metrics(groups: Groups, informative: list[int], skipped: int, timing: Counter) -> dict[str, float]:
-    """Scalars of everything that was sampled, used or not."""
-
-    def mean(values: np.ndarray) -> float | None:
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if values.size else None
-
-    total, valid = groups.column("total"), groups.valid
-    lengths = groups.arrays["mask"].sum(-1)
-    parsed = valid & ~groups.malformed
-    rejections = Counter(
-        s.reward.rejection.value for row in groups.scores for s in row if s.reward and s.reward.rejection
+    arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
+    batch = make_batch(student, arrays, np.zeros(used.valid.shape))
+    exact = c.kl_estimator == "exact" and c.kl_placement == "reward"
+    scores = None
+    if exact or c.importance_cap:
+        scores = current_scores(
+            student.decoder, student.params, lora, student.automaton, batch, settings=settings
+        )
+    sampled = used.valid.shape[1] - c.teacher_in_group
+    if exact:
+        rows = (-1, arrays["mask"].shape[-1])
+        kl = grpo.mean_over_tokens(scores.kl.reshape(rows), used.arrays["mask"].reshape(rows))
+        kl = np.asarray(kl).reshape(used.valid.shape)[:, :sampled]
+    else:
+        own = {name: used.arrays[name][:, :sampled] for name in ("logprobs", "ref", "mask")}
+        kl = sampled_kl(own, "k1" if c.kl_estimator == "exact" else c.kl_estimator)
+    if c.teacher_in_group:  # no policy of ours sampled it, so it has no KL: it neither gains nor loses by the others'
+        scored = np.where(used.valid[:, :sampled], kl, 0.0).sum(1) / np.maximum(used.valid[:, :sampled].sum(1), 1)
+        kl = np.concatenate([kl, scored[:, None]], axis=1)
+    features = values = None
+    if value:
+        features = prompt_features(student.decoder, student.params, batch.prompt_tokens, batch.prompt_lengths)
+        values = np.asarray(guess(value, features))
+    advantages = group_advantages(
+        used, config, student.tokenizer, kl=kl, kl_coef=kl_coef if c.kl_placement == "reward" else 0.0, values=values
     )
-    return {
-        "reward/total": mean(total),
-        "reward/action": mean(groups.column("action")),
-        "reward/state": mean(groups.column("state")),
-        "reward/think": mean(groups.column("think")),
-        "reward/brevity": mean(groups.column("brevity")),
-        "reward/group_std": mean(
-            np.asarray([row[ok].std() if ok.any() else np.nan for row, ok in zip(total, valid, strict=True)])
-        ),
-        "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
-        "unscored": float((~valid).sum()),
-        "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
-        "kl": mean(_kl(groups, "k1")),
-        "kept_groups": len(informative) / len(groups.records),
-        "groups_drawn": float(len(groups.records)),
-        "prompts_too_long": float(skipped),
-        "completion_tokens": float(lengths.mean()),
-        "finished": float(groups.arrays["finished"].mean()),
-        "tokens_per_second": timing["tokens"] / max(timing["rollout"], 1e-9),
-        "seconds/rollout": timing["rollout"],
-        "seconds/reference": timing["reference"],
-        "seconds/reward_wait": timing["reward_wait"],
-        **{f"rejected/{name}": float(count) for name, count in rejections.items()},
-    }
+    advantages = advantages * live.reshape(-1, *[1] * (advantages.ndim - 1))
+    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    batch = batch._replace(advantages=put(advantages.astype(np.float32)))
+    if c.importance_cap:
+        weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, c.importance_cap)
+        batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
+    if settings.kl_in_loss not in (None, "exact"):
+        batch = batch._replace(ref_logprobs=put(arrays["ref"]))
+    if c.teacher_in_group:
+        imitated = np.zeros(used.valid.shape, bool)
+        imitated[:, -1] = True
+        batch = batch._replace(imitated=put(imitated))
+    return batch, features

@@ -2,10 +2,7 @@
 
 import dataclasses
 import os
-import platform
-import time
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +14,7 @@ from jax.sharding import NamedSharding
 from srl_jax import rewards
 from srl_jax.checkpoint import Checkpointer, CheckpointMeta
 from srl_jax.config import ConfigError, TrainConfig, config_hash, validate
+from srl_jax.control import ControlState
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SCHEMA_VERSION
 from srl_jax.sandbox.runner import Sandbox
@@ -25,6 +23,7 @@ from srl_jax.sandbox.wire import SERVER_TOKEN, Contract
 from srl_jax.sharding import make_mesh, replicated
 from srl_jax.student import Student, load_student
 from srl_jax.train_step import TrainState, make_optimizer
+from srl_jax.value import fresh_value
 
 
 class Run:
@@ -37,6 +36,7 @@ class Run:
       runners: test runners the sandbox can serve; None when nothing is executed.
       optimizer, rates: the gradient transformation and its learning-rate schedule.
       state: fresh training state, or the newest checkpoint's after `resume`.
+      control: what the controllers remember, saved with the state.
       checkpoints: under `workdir`.
 
     Raises on entry:
@@ -71,10 +71,13 @@ class Run:
             else:
                 self._open_local(stack, reward, sandbox)
             self.optimizer: optax.GradientTransformation
-            self.optimizer, self.rates = make_optimizer(steps=config.steps, **dataclasses.asdict(config.optim))
+            updates, optim = config.updates_per_step, dataclasses.asdict(config.optim)
+            optim["warmup_steps"] *= updates
+            self.optimizer, self.rates = make_optimizer(steps=config.steps * updates, **optim)
             lora = self.student.fresh_lora(config.seed)
             key = jax.random.key_data(jax.random.key(config.seed))
-            state = TrainState(jnp.int32(0), lora, self.optimizer.init(lora), key)
+            value = fresh_value(self.student.decoder.config.d_model) if config.grpo.baseline == "value" else {}
+            state = TrainState(jnp.int32(0), lora, self.optimizer.init(lora), key, value)
             # Placed as an update returns them; otherwise the second step would compile everything again.
             on_mesh = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, replicated(mesh))
             self.state = jax.tree.map(on_mesh, state)
@@ -85,10 +88,13 @@ class Run:
                 schema=SCHEMA_VERSION,
                 reward=rewards.REWARD_VERSION,
             )
-            directory = self.workdir / "checkpoints"
-            self.checkpoints = stack.enter_context(
-                Checkpointer(directory, config.checkpoint.keep, meta, read_only=self._read_only)
+            self.control = ControlState()
+            open_at = lambda name, keep: stack.enter_context(
+                Checkpointer(self.workdir / name, keep, meta, read_only=self._read_only)
             )
+            self.checkpoints = open_at("checkpoints", config.checkpoint.keep)
+            kept = config.control.keep_best and (not self._read_only or (self.workdir / "best").is_dir())
+            self._best = open_at("best", 1) if kept else None
             self._stack = stack.pop_all()
         return self
 
@@ -137,23 +143,37 @@ class Run:
     def resume(self) -> tuple[int, Any] | None:
         """Takes over the newest checkpoint: (its step, the data stream's position), or None where there is none.
 
-        Raises `CheckpointMismatch` when it belongs to another tokenizer, base model, schema or reward.
+        A read-only run, one that is used rather than trained, takes its best state where that was kept. Raises
+        `CheckpointMismatch` when the checkpoint belongs to another tokenizer, base model, schema or reward.
         """
-        restored = self.checkpoints.restore(self.state)
+        best = self._best if self._read_only else None
+        restored = best.restore(self.state) if best else None
+        restored = restored or self.checkpoints.restore(self.state)
         if restored is None:
             return None
         step, self.state, position = restored
-        return step, position
+        self.control = ControlState.from_dict(position["control"])
+        return step, position["stream"]
 
+    def save(self, step: int, position: Any) -> None:
+        """Starts saving everything a resume needs; `position` is the data stream's, plain JSON data."""
+        self.checkpoints.save(step, self.state, {"stream": position, "control": self.control.to_dict()})
 
-def environment() -> dict[str, Any]:
-    """What a run's numbers depend on beside its configuration: versions, machine, devices."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "ast-grep-cli", "numpy")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "packages": {name: metadata.version(name) for name in packages},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    def keep_as_best(self, step: int, position: Any) -> None:
+        """Puts the present state in the place of the best one.
+
+        A run that was killed after its next best, and goes on from here, keeps that: it will come to it again.
+        """
+        if (self._best.latest_step() or 0) < step:
+            self._best.save(step, self.state, {"stream": position, "control": self.control.to_dict()})
+
+    def best_lora(self) -> dict:
+        """The adapters of the best evaluated state where such are kept, else the present ones."""
+        best = self._best.restore(self.state) if self._best else None
+        return self.state.lora if best is None else best[1].lora
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk; raises `CheckpointError` for what is not."""
+        self.checkpoints.wait()
+        if self._best:
+            self._best.wait()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from srl_jax import grammar
 from srl_jax.config import TrainConfig
@@ -21,6 +21,7 @@ from srl_jax.model.decoder import Decoder
 from srl_jax.records import TeacherRecord
 from srl_jax.rollout import PromptTooLong, make_batch, take_prompts
 from srl_jax.student import Student, pad_prompts
+from srl_jax.teacher_rows import possible_rows, trace_ids
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, descend, policy_logprobs
 
 # So many traces in a row that do not fit mean a wrong setting, not bad luck.
@@ -56,7 +57,7 @@ def collect_traces(
             student, records, 1, max_tokens=config.data.max_prompt_tokens, few_shot=config.data.few_shot
         )
         too_long_prompts += skipped
-        ids = _trace_ids(student, record.trace)
+        ids = trace_ids(student, record.trace)
         if ids is None or len(ids) > width:
             misfits += 1
             if misfits - len(traces) >= _MAX_SKIPPED:
@@ -70,7 +71,7 @@ def collect_traces(
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths, "tokens": tokens[:, None]}
     arrays |= {"mask": mask[:, None], "logprobs": np.zeros((wanted, 1, width), np.float32)}
     batch = make_batch(student, arrays, np.ones((wanted, 1)))
-    possible = _possible(student.automaton, batch)
+    possible = possible_rows(student.automaton, batch.states, batch.completions, batch.completion_mask)
     batch = batch._replace(completion_mask=batch.completion_mask & possible[..., None])
     return batch, {
         "traces": float(possible.sum()),
@@ -80,27 +81,6 @@ def collect_traces(
         "completion_tokens": float(sizes.mean()),
         "seconds/traces": time.perf_counter() - began,
     }
-
-
-def _trace_ids(student: Student, trace: str) -> list[int] | None:
-    try:
-        return student.tokenizer.encode_trace(trace)
-    except ValueError:
-        return None  # the vocabulary lacks a byte of it
-
-
-@jax.jit
-def _possible(automaton: grammar.TokenAutomaton, batch: TrainBatch) -> Bool[Array, "P G"]:
-    """Whether the grammar, budgets included, allows every token of a completion."""
-
-    def row(of):
-        states, tokens = of
-        kinds = grammar.allowed_kinds(automaton, states)
-        kind = automaton.kind_of_token[tokens].astype(jnp.int32)
-        return jnp.take_along_axis(kinds, kind[..., None], axis=-1)[..., 0]
-
-    allowed = jax.lax.map(row, (batch.states, batch.completions))
-    return jnp.all(allowed | ~batch.completion_mask, axis=-1)
 
 
 @partial(jax.jit, static_argnames=("decoder", "optimizer", "settings"), donate_argnames=("state",))

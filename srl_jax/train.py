@@ -8,36 +8,47 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import jax
-
+from srl_jax import control
+from srl_jax.compiles import count_compiles
 from srl_jax.config import TrainConfig
+from srl_jax.environment import ENVIRONMENT_FILE, check_same, environment
 from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
 from srl_jax.evaluation import write_json
 from srl_jax.floors import write_bounds
 from srl_jax.metrics import MetricWriter
 from srl_jax.page import write_page
-from srl_jax.records import TeacherRecord
-from srl_jax.report import write_report
-from srl_jax.rollout import collect_rollouts, executable_only
-from srl_jax.run import Run, environment
-from srl_jax.sft import collect_traces, sft_settings, sft_step
-from srl_jax.train_step import StepSettings, train_step
+from srl_jax.records import ReplayGroup, TeacherRecord
+from srl_jax.replay import ReplayWriter
+from srl_jax.report import load_evaluation, write_report
+from srl_jax.reproduce import recorded_environment, verdict
+from srl_jax.rollout import executable_only
+from srl_jax.run import Run
+from srl_jax.steps import BROKEN, take_step
 
 
 class RecordStream(Protocol):
-    """Teacher records for ever, with a position that can be saved: what the data pipeline hands over."""
+    """Records for ever, with a position that can be saved as JSON: what the data pipeline hands over.
 
-    def __next__(self) -> TeacherRecord: ...
-    def __iter__(self) -> Iterator[TeacherRecord]: ...
+    Teacher records; stored rollouts for method "replay".
+    """
+
+    def __next__(self) -> TeacherRecord | ReplayGroup: ...
+    def __iter__(self) -> Iterator[TeacherRecord | ReplayGroup]: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
 
 
 class Stopped(Exception):
     """A signal asked the run to end; the message is the signal's name."""
+
+
+class NotReproduced(RuntimeError):
+    """A repetition that came out differently; the message names the first difference."""
 
 
 class StopRequested:
@@ -67,30 +78,23 @@ class StopRequested:
             signal.signal(previous, handler)
 
 
-def step_settings(config: TrainConfig) -> StepSettings:
-    c = config.grpo
-    return StepSettings(
-        temperature=config.sampling.temperature,
-        clip_epsilon_low=c.clip_epsilon_low,
-        clip_epsilon_high=c.clip_epsilon_high,
-        aggregation=c.aggregation,
-        max_length=config.sampling.max_new_tokens,
-        micro_batch=c.micro_batch,
-    )
-
-
 def train(
     config: TrainConfig,
     workdir: str | os.PathLike[str],
     stream: RecordStream,
     held_out: Sequence[TeacherRecord],
     corpus: Sequence[TeacherRecord] = (),
+    *,
+    repeats: Path | None = None,
 ) -> bool:
     """Trains to `config.steps`, evaluating base and student on `held_out`; writes everything under `workdir`.
 
     `corpus` are training records to take the most common trace from; without them the report lacks that floor.
+    `repeats` is the directory of a run that this one is to be the repetition of: that it can be is checked first, that
+    it was in the end.
 
-    Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises.
+    Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises,
+    `Diverged` when update after update was not finite, and `NotReproduced`.
     """
     with StopRequested() as stop, Run(config, workdir) as run:
         resumed = run.resume()
@@ -100,10 +104,34 @@ def train(
             stream.set_state(position)
         with MetricWriter(run.workdir, config.steps, resumed_step=start) as writer:
             write_json(run.workdir / "config.json", config.to_dict())
-            write_json(run.workdir / "environment.json", environment())
+            _record_environment(run, writer, repeats)
             if start:
                 writer.note(f"resumed at step {start} of {config.steps}")
-            return _loop(run, stream, held_out, corpus, writer, stop, start)
+            with ExitStack() as stack:
+                recorder = None
+                if config.replay.record:
+                    recorder = stack.enter_context(ReplayWriter(run.workdir / "replay"))
+                complete = _loop(run, stream, held_out, corpus, writer, stop, start, recorder)
+            if complete and repeats is not None:
+                same, line = verdict(repeats, run.workdir)
+                if not same:
+                    raise NotReproduced(line)
+                writer.note(line)
+            return complete
+
+
+def _record_environment(run: Run, writer: MetricWriter, repeats: Path | None) -> None:
+    """Keeps where the run was started, and after it every place where it was gone on with."""
+    now = environment(run.config, run.student)
+    if repeats is not None:
+        for line in check_same(recorded_environment(repeats), now, repeats):
+            writer.note(f"notice: {line}; the last digits may differ")
+    path = run.workdir / ENVIRONMENT_FILE
+    if path.exists():
+        first = recorded_environment(run.workdir)
+        write_json(path, {**first, "resumed": [*first.get("resumed", []), now]})
+    else:
+        write_json(path, now)
 
 
 def _loop(
@@ -113,16 +141,19 @@ def _loop(
     corpus: Sequence[TeacherRecord],
     writer: MetricWriter,
     stop: StopRequested,
-    start: int,
+    step: int,
+    recorder: ReplayWriter | None,
 ) -> bool:
     config, student = run.config, run.student
     tasks = fitting_tasks(student, held_out, config, runners=run.runners, note=writer.note)
-    records = executable_only(stream, run.runners if config.reward.execution > 0 else None)
+    needs_sandbox = config.reward.execution > 0 and config.method != "replay"
+    records = executable_only(stream, run.runners) if needs_sandbox else stream
 
-    def assess(name: str, adapters: dict | None, *, again: bool = False) -> None:
+    def assess(name: str, adapters: dict | None, *, again: bool = False) -> float | None:
+        """The mean reward of the evaluation called `name`, which is made unless it is there."""
         path = run.workdir / f"eval_{name}.json"
         if not again and evaluated_before(path, tasks, config):
-            return
+            return load_evaluation(path)["metrics"]["reward"]
         stop.check()
         with writer.progress(f"evaluating {name}", len(tasks)) as shown:
 
@@ -135,49 +166,54 @@ def _loop(
         m = result["metrics"]
         reward = "unknown" if m["reward"] is None else f"{m['reward']:.4f}"
         writer.note(f"{name}: reward {reward} on {m['tasks']} held-out tasks in {m['seconds']:.0f} s")
+        return m["reward"]
 
-    step = start
+    def save() -> float:
+        """Starts saving; the seconds it held the run up. Rollouts of the steps before are on disk first."""
+        began = time.perf_counter()
+        if recorder is not None:
+            recorder.wait()
+        run.save(step, stream.get_state())
+        return time.perf_counter() - began
+
+    stalled = 0.0  # how long the last save held the run up
     try:
         assess("base", None)
-        while step < config.steps:
-            if step and config.eval.every and step % config.eval.every == 0:
-                assess(f"step{step}", run.state.lora)
+        while True:
+            # The last step's student is evaluated anyway; it takes part in the choice only where there is one.
+            due = step and config.eval.every and step % config.eval.every == 0
+            if due and (step < config.steps or config.control.keep_best):
+                reward = assess(f"step{step}", run.state.lora)
+                run.control = control.after_evaluation(run.control, step, reward, config)
+                if config.control.keep_best and run.control.best_step == step:
+                    run.keep_as_best(step, stream.get_state())
+            if step >= config.steps or run.control.stopped:
+                break
             stop.check()
-            metrics = _one_step(run, records, step)
+            with count_compiles() as compiled:
+                done = take_step(run, records, step, recorder)
             step += 1
-            writer.write(step, metrics)
+            more = {"compiles": float(compiled.count), "seconds/checkpoint": stalled}
+            writer.write(step, done.metrics | more, done.histograms)
             if step == config.steps or step % config.checkpoint.every == 0:
-                run.checkpoints.save(step, run.state, stream.get_state())
-        run.checkpoints.wait()
+                # After the metrics: a run that goes on from this checkpoint must find every line before it.
+                stalled = save()
+            if done.metrics["skipped"]:
+                writer.note(f"step {step}: loss or gradient not finite, update skipped; see {run.workdir / BROKEN}")
+            control.check_broken(run.control, config, run.workdir / BROKEN)
+        if run.control.stopped and step < config.steps:
+            writer.note(f"training ends at step {step} of {config.steps}: {run.control.stopped}")
+        save()
+        run.wait()
         stop.check()
         write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config)
-        assess("student", run.state.lora, again=True)
-    except Stopped as reason:
-        run.checkpoints.save(step, run.state, stream.get_state())
-        run.checkpoints.wait()
+        assess("student", run.best_lora(), again=True)
+    except (Stopped, control.Diverged) as reason:
+        save()
+        run.wait()
+        if isinstance(reason, control.Diverged):
+            raise
         writer.note(f"stopped by {reason}; saved at step {step}. Run the same command to go on.")
         return False
     writer.note(f"report: {write_report(run.workdir)}, every trace: {write_page(run.workdir)}")
     return True
-
-
-def _one_step(run: Run, records: Iterator[TeacherRecord], step: int) -> dict[str, float | None]:
-    """Replaces `run.state` by its successor; returns the step's metrics."""
-    config, student, settings = run.config, run.student, step_settings(run.config)
-    began = time.perf_counter()
-    key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
-    if config.method == "sft":
-        batch, metrics = collect_traces(student, records, config)
-        update, settings = sft_step, sft_settings(config, settings)
-    else:
-        batch, metrics, _ = collect_rollouts(student, run.state.lora, records, key, run.rewards, config, settings)
-        update = train_step
-    updating = time.perf_counter()
-    run.state, scalars = update(
-        run.state, student.params, student.automaton, batch,
-        decoder=student.decoder, optimizer=run.optimizer, settings=settings,
-    )  # fmt: skip
-    metrics |= {name: float(value) for name, value in scalars.items()}
-    now = time.perf_counter()
-    metrics |= {"learning_rate": float(run.rates(step)), "seconds/update": now - updating}
-    return {**metrics, "seconds/step": now - began}

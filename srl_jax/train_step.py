@@ -7,7 +7,7 @@ Denominators count the global batch, so micro-batches add up to the whole and de
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class TrainState(NamedTuple):
     lora: dict
     opt_state: Any
     key: Array  # raw uint32 key data of the run's PRNG; each step folds its number in
+    value: dict = {}  # noqa: RUF012  the value head's weights (srl_jax/value.py); {} without one
 
 
 class TrainBatch(NamedTuple):
@@ -37,7 +38,10 @@ class TrainBatch(NamedTuple):
     completion_mask: Bool[Array, "P G T"]
     states: grammar.GrammarState  # before each completion token, leading [P, G, T]
     old_logprobs: Float[Array, "P G T"]
-    advantages: Float[Array, "P G"]
+    advantages: Float[Array, "P G"] | Float[Array, "P G T"]
+    ref_logprobs: Float[Array, "P G T"] | None = None  # for an estimated KL in the loss
+    token_weights: Float[Array, "P G T"] | None = None  # truncated importance weights
+    imitated: Bool[Array, "P G"] | None = None  # rows that no policy of ours sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,11 @@ class StepSettings:
     clip_epsilon_high: float = 0.2
     aggregation: grpo.Aggregation = "token"
     max_length: int | None = None
+    ratio: grpo.RatioLevel = "token"
+    negative_ratio_cap: float | None = None
+    entropy_coef: float = 0.0
+    kl_in_loss: grpo.Estimator | Literal["exact"] | None = None
+    imitation_gamma: float = 0.1
     micro_batch: int = 1  # groups in one forward and backward pass
     logprob_chunk: int = 256
 
@@ -83,14 +92,23 @@ def policy_logprobs(
     *,
     temperature: float,
     chunk: int,
+    with_reference: bool = False,
+    entropy_gradient: bool = False,
+    kl_gradient: bool = False,
 ) -> TokenLogprobs:
     """Log-probs and entropies [P, G, T] of a batch's completions under the grammar-constrained policy.
 
     The policy when `variables` holds `lora`, the frozen reference when it does not: one code path, so that their
-    difference at B = 0 is exactly zero.
+    difference at B = 0 is exactly zero. `with_reference` adds the reference's log-probs and the exact KL, for another
+    forward pass of the base.
     """
     shape = batch.completions.shape
-    hidden = completion_hidden(decoder, variables, batch.prompt_tokens, batch.prompt_lengths, batch.completions)
+    rows = (batch.prompt_tokens, batch.prompt_lengths, batch.completions)
+    hidden = completion_hidden(decoder, variables, *rows)
+    reference = None
+    if with_reference:
+        reference = completion_hidden(decoder, {"params": variables["params"]}, *rows)
+        reference = reference.reshape(-1, hidden.shape[-1])
     flat = token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         head(variables["params"]),
@@ -98,8 +116,12 @@ def policy_logprobs(
         allowed_from=partial(grammar.allowed_tokens, automaton),
         constraint=jax.tree.map(lambda x: x.reshape(-1), batch.states),
         temperature=temperature,
+        reference_hidden=reference,
         softcap=decoder.config.final_softcap,
         chunk_size=chunk,
+        compute_kl=with_reference,
+        entropy_gradient=entropy_gradient,
+        kl_gradient=kl_gradient,
     )
     return jax.tree.map(lambda x: x.reshape(shape), flat)
 
@@ -112,6 +134,27 @@ def _micro_batches(batch: TrainBatch, size: int) -> TrainBatch:
 
 
 @partial(jax.jit, static_argnames=("decoder", "settings"))
+def forward_logprobs(
+    decoder: Decoder,
+    variables: dict,
+    automaton: grammar.TokenAutomaton,
+    batch: TrainBatch,
+    *,
+    settings: StepSettings,
+) -> Float[Array, "P G T"]:
+    """Log-probs [P, G, T] under fixed `variables`, a micro-batch at a time."""
+
+    def one(micro):
+        scored = policy_logprobs(
+            decoder, variables, automaton, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+        )
+        return scored.logprobs
+
+    stacked = jax.lax.map(one, _micro_batches(batch, settings.micro_batch))
+    return jnp.moveaxis(stacked, 0, 1).reshape(batch.completions.shape)
+
+
+@partial(jax.jit, static_argnames=("decoder", "settings"))
 def reference_logprobs(
     decoder: Decoder,
     params: dict,
@@ -121,20 +164,41 @@ def reference_logprobs(
     settings: StepSettings,
 ) -> Float[Array, "P G T"]:
     """Log-probs [P, G, T] under the frozen base, a micro-batch at a time."""
+    return forward_logprobs(decoder, {"params": params}, automaton, batch, settings=settings)
+
+
+@partial(jax.jit, static_argnames=("decoder", "settings"))
+def current_scores(
+    decoder: Decoder,
+    params: dict,
+    lora: dict,
+    automaton: grammar.TokenAutomaton,
+    batch: TrainBatch,
+    *,
+    settings: StepSettings,
+) -> TokenLogprobs:
+    """The present policy's log-probs of a batch, the reference's, and the exact KL between them, all [P, G, T]."""
 
     def one(micro):
-        scored = policy_logprobs(
+        return policy_logprobs(
             decoder,
-            {"params": params},
+            {"params": params, "lora": lora},
             automaton,
             micro,
             temperature=settings.temperature,
             chunk=settings.logprob_chunk,
+            with_reference=True,
         )
-        return scored.logprobs
 
     stacked = jax.lax.map(one, _micro_batches(batch, settings.micro_batch))
-    return jnp.moveaxis(stacked, 0, 1).reshape(batch.completions.shape)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch.completions.shape), stacked)
+
+
+@partial(jax.jit, static_argnames=("count",))
+def mini_batches(batch: TrainBatch, count: int) -> tuple[TrainBatch, ...]:
+    """The batch in `count` parts of as many groups, one for each of several updates; each spans every device."""
+    parts = _micro_batches(batch, batch.prompt_lengths.shape[0] // count)
+    return tuple(jax.tree.map(lambda x, i=i: x[i], parts) for i in range(count))
 
 
 @partial(jax.jit, static_argnames=("decoder", "optimizer", "settings"), donate_argnames=("state",))
@@ -143,6 +207,7 @@ def train_step(
     params: dict,
     automaton: grammar.TokenAutomaton,
     batch: TrainBatch,
+    kl_coef: float | Float[Array, ""] = 0.0,
     *,
     decoder: Decoder,
     optimizer: optax.GradientTransformation,
@@ -150,37 +215,64 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One GRPO update of the adapters.
 
-    Returns the new state and scalars: loss, grad_norm, entropy (nats per token), ratio_mean, clip_low, clip_high,
-    logprob_gap (mean |policy - old| per token; on policy it is the sampler's and trainer's disagreement) and
-    skipped (1 when a non-finite gradient left the adapters as they were).
+    `kl_coef` weighs the KL in the loss, where `settings.kl_in_loss` asks for one (K in the reward is part of the
+    advantages already). Returns the new state and scalars: loss, grad_norm, entropy (nats per token), ratio_mean,
+    clip_low, clip_high, logprob_gap (mean |policy - old| per token; on policy it is the sampler's and trainer's
+    disagreement), kl_loss (the divergence in the loss, 0 without one) and skipped (1 when a non-finite gradient left
+    the adapters as they were).
     """
     flat_mask = batch.completion_mask.reshape(-1, batch.completion_mask.shape[-1])
-    denominator = grpo.loss_denominator(flat_mask, aggregation=settings.aggregation, max_length=settings.max_length)
+    scaled = {"aggregation": settings.aggregation}
+    scaled["denominator"] = grpo.loss_denominator(flat_mask, **scaled, max_length=settings.max_length)
     tokens = jnp.maximum(flat_mask.sum(), 1).astype(jnp.float32)
     clip = {"clip_epsilon_low": settings.clip_epsilon_low, "clip_epsilon_high": settings.clip_epsilon_high}
 
     def loss(lora, micro: TrainBatch):
-        variables = {"params": params, "lora": lora}
         scored = policy_logprobs(
-            decoder, variables, automaton, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+            decoder, {"params": params, "lora": lora}, automaton, micro,
+            temperature=settings.temperature, chunk=settings.logprob_chunk,
+            with_reference=settings.kl_in_loss == "exact", kl_gradient=settings.kl_in_loss == "exact",
+            entropy_gradient=settings.entropy_coef > 0,
+        )  # fmt: skip
+        rows = lambda x: None if x is None else x.reshape(-1, flat_mask.shape[-1])
+        logprobs, old, entropy = rows(scored.logprobs), rows(micro.old_logprobs), rows(scored.entropy)
+        everything = sampled = rows(micro.completion_mask)
+        advantages = micro.advantages.reshape(everything.shape[0], *micro.advantages.shape[2:])
+        value = jnp.float32(0.0)
+        if micro.imitated is not None:
+            sampled = everything & ~micro.imitated.reshape(-1, 1)
+            value = grpo.imitation_gain(
+                logprobs, advantages, everything & ~sampled, gamma=settings.imitation_gamma, **scaled
+            )
+        value += grpo.clipped_surrogate(
+            logprobs, old, advantages, sampled, **clip, **scaled, level=settings.ratio,
+            negative_ratio_cap=settings.negative_ratio_cap, token_weights=rows(micro.token_weights),
+        )  # fmt: skip
+        divergence = jnp.float32(0.0)
+        if settings.kl_in_loss == "exact":
+            divergence = grpo.aggregate(rows(scored.kl), sampled, **scaled)
+        elif settings.kl_in_loss:
+            divergence = grpo.kl_loss(
+                logprobs, old, rows(micro.ref_logprobs), sampled, estimator=settings.kl_in_loss, **scaled
+            )
+        if settings.kl_in_loss:
+            value += kl_coef * divergence
+        if settings.entropy_coef:
+            value -= settings.entropy_coef * grpo.aggregate(entropy, sampled, **scaled)
+        clipped = grpo.clip_fractions(
+            logprobs, old, advantages, sampled, **clip, level=settings.ratio, denominator=tokens
         )
-        rows = (-1, micro.completions.shape[-1])
-        logprobs, old = scored.logprobs.reshape(rows), micro.old_logprobs.reshape(rows)
-        mask, advantages = micro.completion_mask.reshape(rows), micro.advantages.reshape(-1)
-        value = grpo.clipped_surrogate(
-            logprobs, old, advantages, mask, **clip, aggregation=settings.aggregation, denominator=denominator
-        )
-        clipped = grpo.clip_fractions(logprobs, old, advantages, mask, **clip, denominator=tokens)
         sums = {
-            "entropy": jnp.where(mask, scored.entropy.reshape(rows), 0.0).sum() / tokens,
-            "logprob_gap": jnp.where(mask, jnp.abs(logprobs - old), 0.0).sum() / tokens,
+            "entropy": jnp.where(everything, entropy, 0.0).sum() / tokens,
+            "logprob_gap": jnp.where(sampled, jnp.abs(logprobs - old), 0.0).sum() / tokens,
             "ratio_mean": clipped.ratio_mean,
             "clip_low": clipped.low,
             "clip_high": clipped.high,
+            "kl_loss": divergence,
         }
         return value, sums
 
-    names = ("entropy", "logprob_gap", "ratio_mean", "clip_low", "clip_high")
+    names = ("entropy", "logprob_gap", "ratio_mean", "clip_low", "clip_high", "kl_loss")
     return descend(state, batch, loss, names, optimizer=optimizer, micro_batch=settings.micro_batch)
 
 
@@ -209,8 +301,9 @@ def descend(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-    new = TrainState(state.step + 1, optax.apply_updates(state.lora, updates), opt_state, state.key)
-    # One poisoned batch must not poison the run: adapters and moments stay, only the counter moves on.
-    kept = state._replace(step=state.step + 1)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    new = state._replace(lora=optax.apply_updates(state.lora, updates), opt_state=opt_state)
+    # One poisoned batch must not poison the run, and one without a token must not be a step along old momentum:
+    # adapters and moments stay, only the counter moves on.
+    new = jax.tree.map(lambda a, b: jnp.where(finite & batch.completion_mask.any(), a, b), new, state)
+    new = new._replace(step=state.step + 1)
     return new, {**metrics, "grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}

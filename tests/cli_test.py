@@ -42,7 +42,7 @@ def launched(program: str, *flags: str) -> tuple[int, list[str]]:
     [
         (["--config.grpo.kl_coeff=0.1"], "config.grpo.kl_coeff: no such field; did you mean 'kl_coef'?"),
         (["--config.grpo.kl_coef=-1"], "config.grpo.kl_coef = -1.0: must be at least 0"),
-        (["--config.grpo.scale=sdt"], "config.grpo.scale = 'sdt': must be one of none, std; did you mean 'std'?"),
+        (["--config.grpo.scale=sdt"], "'sdt': must be one of none, std, components; did you mean 'std'?"),
         (["--config.steps=many"], "--config.steps=many: invalid literal for int()"),
         (["--config.data.dir=nowhere"], "nowhere holds no manifest.json, so it is not a data set"),
         (["--config.seed=1", "3"], "unexpected arguments ['3']; overrides look like"),
@@ -62,7 +62,7 @@ def test_a_wrong_recipe_is_named(tmp_path):
     for flags, words in (
         ([f"--config={recipe}"], "rnak: no such field; did you mean 'rank'?"),
         (["--config=configs/nope.py"], "configs/nope.py: no such file"),
-        ([], "--config must have a value"),
+        ([], "give either --config, a recipe, or --reproduce, the directory of a run"),
     ):
         code, lines = launched("train", f"--workdir={tmp_path / 'run'}", *flags)
         assert code == cli.EXIT_USER_ERROR

@@ -59,6 +59,11 @@ def test_defaults_are_valid_and_carry_the_notes_numbers():
         ("grpo.micro_batch", 0, "at least 1"),
         ("grpo.micro_batch", 3, r"must divide data.prompts_per_step = 8: one of \[1, 2, 4, 8\]"),
         ("grpo.micro_batch", 16, "must divide data.prompts_per_step"),
+        ("grpo.mini_batches", 3, "must divide data.prompts_per_step = 8"),
+        ("grpo.mini_batches", 2, r"must divide data.prompts_per_step / grpo.mini_batches = 4: one of \[1, 2, 4\]"),
+        ("grpo.negative_ratio_cap", 1.1, r"must be 0 or above 1 \+ 0.2"),
+        ("control.patience", 2, "eval.every = 0: must be above 0"),
+        ("control.kl_factor", 1.0, "above 1"),
         ("grpo.kl_coef", -0.1, "at least 0"),
         ("grpo.kl_coef", math.nan, "finite"),
         ("grpo.kl_estimator", "k4", "one of k1, k2, k3"),
@@ -122,6 +127,34 @@ def test_every_choice_is_accepted_and_nothing_else(path):
         validate(changed(path, choice))
     with pytest.raises(ConfigError, match=rf"{path} = 'other'"):
         validate(changed(path, "other"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"grpo": {"kl_coef": 0.0}, "control": {"kl_target": 0.1}}, "control.kl_target = 0.1: moves lambda by factors"),
+        ({"control": {"kl_target": 0.1, "kl_stop": 0.1}}, "control.kl_stop = 0.1: must be above control.kl_target"),
+        ({"control": {"keep_best": True}, "eval": {"every": 5}}, "eval.split = 'test': must be 'dev'"),
+        ({"grpo": {"credit": "blocks", "baseline": "none"}}, "grpo.credit = 'blocks': components are compared"),
+        ({"grpo": {"scale": "components"}, "reward": {"execution": 0.1}}, "grpo.scale = 'components': what an action"),
+        ({"grpo": {"teacher_in_group": True, "group_size": 2}}, "grpo.group_size = 2: must be at least 3"),
+        ({"method": "sft", "replay": {"record": True}}, "replay.record = True: method 'sft' samples nothing"),
+        ({"grpo": {"teacher_in_group": True}, "replay": {"record": True}}, "replay.record = True: a teacher's row"),
+        ({"method": "replay", "grpo": {"baseline": "value"}}, "grpo.baseline = 'value': must be 'group' or 'none'"),
+        ({"method": "replay", "replay": {"dir": " "}}, "replay.dir = '': method 'replay' needs"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(TrainConfig.from_dict(values))
+
+
+def test_several_updates_a_rollout_are_counted_but_not_in_fine_tuning():
+    config = TrainConfig.from_dict({"grpo": {"epochs": 2, "mini_batches": 4, "micro_batch": 2}})
+    validate(config)
+    assert config.updates_per_step == 8
+    config.method = "sft"
+    assert config.updates_per_step == 1
 
 
 def test_assigning_an_unknown_field_names_the_nearest():

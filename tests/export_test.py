@@ -135,10 +135,10 @@ def test_the_command_exports_a_run(tmp_path):
     config.eval.execute = True
     workdir = tmp_path / "run"
     with Run(tiny_config(), workdir) as run:
-        state = run.state._replace(lora=perturbed(run.state.lora))
-        run.checkpoints.save(1, state, {})
-        run.checkpoints.wait()
-        expected = merge_lora(run.student.params, state.lora, run.student.decoder.lora_alpha / config.lora.rank)
+        run.state = run.state._replace(lora=perturbed(run.state.lora))
+        run.save(1, {})
+        run.wait()
+        expected = merge_lora(run.student.params, run.state.lora, run.student.decoder.lora_alpha / config.lora.rank)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     root = Path(__file__).parents[1]
     command = [sys.executable, str(root / "launch" / "export.py"), f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]

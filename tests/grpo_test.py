@@ -472,3 +472,32 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage(seed, aggregation):
     )
     np.testing.assert_allclose(surrogate(old, old, advantages, mask, aggregation), expected, rtol=0, atol=1e-6)
     assert grpo.clip_fractions(old, old, advantages, mask, **CLIP) == (0.0, 0.0, 1.0)
+
+
+def test_dual_clip_bounds_what_a_negative_advantage_can_cost():
+    ratio, mask = jnp.array([[0.5, 1.0, 2.0, 10.0]]), jnp.ones((1, 4))
+    loss = lambda logprobs, sign, cap: grpo.clipped_surrogate(
+        logprobs, jnp.zeros((1, 4)), jnp.array([sign]), mask, **CLIP, aggregation="token", negative_ratio_cap=cap
+    )
+    grad = jax.grad(loss)
+    # Without a cap the minimum leaves r A: .8, 1, 2, 10. With 3 the last is 3 and has no gradient any more.
+    assert float(loss(jnp.log(ratio), -1.0, None)) == pytest.approx((0.8 + 1 + 2 + 10) / 4)
+    assert float(loss(jnp.log(ratio), -1.0, 3.0)) == pytest.approx((0.8 + 1 + 2 + 3) / 4)
+    np.testing.assert_allclose(grad(jnp.log(ratio), -1.0, 3.0) * 4, [[0.0, 1.0, 2.0, 0.0]], atol=1e-6)
+    np.testing.assert_array_equal(grad(jnp.log(ratio), 1.0, 3.0), grad(jnp.log(ratio), 1.0, None))
+
+
+def test_imitation_gain_is_shaped_by_the_policy_s_own_probability():
+    probability, mask = jnp.array([[0.1, 0.9, 0.5]]), jnp.array([[1, 1, 0]])
+    loss = lambda logprobs: grpo.imitation_gain(logprobs, jnp.array([2.0]), mask, gamma=0.1, aggregation="token")
+    assert float(loss(jnp.log(probability))) == pytest.approx(-(2 * 0.5 + 2 * 0.9) / 2)
+    # d/d log p of p/(p + gamma) is p gamma / (p + gamma)^2: .25 where p = gamma, .09 at .9.
+    np.testing.assert_allclose(jax.grad(loss)(jnp.log(probability)), [[-0.25, -0.09, 0.0]], atol=1e-6)
+    poisoned = jnp.array([[-1.0, -1.0, jnp.nan]])
+    assert np.isfinite(jax.grad(loss)(poisoned)).all()
+
+
+def test_group_std_is_exactly_zero_where_tied():
+    got = grpo.group_std(jnp.array([[0.9, 0.5, 0.1, -0.2], [0.7, 0.7, 0.7, 0.7]]))
+    np.testing.assert_allclose(got, [[0.414578], [0.0]], atol=1e-6)
+    assert got[1, 0] == 0.0

@@ -4,12 +4,21 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from srl_jax.metrics import METRICS_FILE, MetricWriter, describe, read_metrics
+from srl_jax.metrics import (
+    HISTOGRAMS_FILE,
+    METRICS_FILE,
+    MetricWriter,
+    describe,
+    is_timing,
+    read_metrics,
+    trend,
+)
 
 STEP = {"reward/total": 0.5, "reward/action": 0.25, "kl": 0.0125, "kept_groups": 0.75, "tokens_per_second": 812.4}
 
@@ -25,17 +34,20 @@ def write_steps(workdir, *steps, resumed_step=0, console=None):
 
 
 def tensorboard_scalars(workdir) -> list[tuple[int, str, float]]:
+    return [(event.step, v.tag, v.simple_value) for event in tensorboard_events(workdir) for v in event.summary.value]
+
+
+def tensorboard_events(workdir) -> list[Event]:
     """Reads event files by the TFRecord framing: length, its checksum, the event, its checksum."""
-    scalars = []
+    events = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
             payload, stored, data = data[12 : 12 + size], data[12 + size : 16 + size], data[16 + size :]
             assert masked_crc32c(payload) == int.from_bytes(stored, "little")
-            event = Event.FromString(payload)
-            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return scalars
+            events.append(Event.FromString(payload))
+    return events
 
 
 def test_every_step_is_on_disk_before_close(tmp_path):
@@ -133,5 +145,34 @@ def test_live_view_on_a_terminal(tmp_path):
             advance(1)
     output = console.file.getvalue()
     assert "5/10" in output
-    assert "reward 0.500" in output
+    assert "reward" in output and "0.500" in output and "0.0125" in output
+    assert "entropy" not in output, "what is not measured has no row"
     assert "checkpoint 5 saved" in output
+
+
+def test_trends_run_from_the_lowest_to_the_highest_value():
+    assert trend([0.0, 0.5, 1.0]) == "▁▅█"
+    assert trend([2.0, None, 2.0, math.nan]) == "▁ ▁ "
+    assert trend([None]) == " " and trend([]) == ""
+
+
+def test_histograms_are_counted_alike_in_both_places(tmp_path):
+    values = {"reward/total": np.array([-0.2, 0.11, 0.12, 1.0, 1.4]), "completion_tokens": [10, 20, 20], "none": []}
+    with MetricWriter(tmp_path, 10, console=plain()) as writer:
+        writer.write(1, {"kl": 0.5}, values)
+        writer.write(2, {"kl": 0.5})
+    (record,) = read_metrics(tmp_path, HISTOGRAMS_FILE)
+    assert record["step"] == 1 and "none" not in record
+    reward, tokens = record["reward/total"], record["completion_tokens"]
+    assert reward["range"] == [-0.2, 1.0] and sum(reward["counts"]) == 5 and len(reward["counts"]) == 24
+    assert reward["counts"][0] == 1 and reward["counts"][6] == 2 and reward["counts"][-1] == 2
+    assert tokens["range"] == [10, 20] and (tokens["counts"][0], tokens["counts"][-1]) == (1, 2)
+    (histogram,) = [v.histo for e in tensorboard_events(tmp_path) for v in e.summary.value if v.tag.endswith("/total")]
+    assert histogram.num == 5 and list(histogram.bucket_limit)[-1] == pytest.approx(1.0)
+    with MetricWriter(tmp_path, 10, resumed_step=0, console=plain()):
+        assert not read_metrics(tmp_path, HISTOGRAMS_FILE)
+
+
+def test_what_the_clock_decides_is_told_apart():
+    assert is_timing("seconds/step") and is_timing("tokens_per_second") and is_timing("compiles")
+    assert not is_timing("reward/total") and not is_timing("kl")

@@ -71,9 +71,11 @@ def make_group(**changes):
         sampler_logprobs=np.linspace(-3, 0, 8, dtype=np.float32).reshape(2, 4),
         grammar_states=np.ones((2, 4), dtype=np.int16),
         rewards=np.array([0.5, -0.2], dtype=np.float32),
-        policy_version="step-10",
+        malformed=np.array([False, True]),
+        policy_version="run-1",
+        policy_step=10,
         tokenizer="0" * 64,
-        sampler=SamplerSettings(temperature=1.0, top_p=1.0, top_k=0, constrained=True),
+        sampler=SamplerSettings(1.0, top_p=1.0, top_k=0, constrained=True, max_new_tokens=4, max_think_tokens=2),
         versions=VERSIONS,
     )
     return dataclasses.replace(group, **changes)
@@ -268,7 +270,7 @@ def test_replay_round_trip_is_exact():
     assert again.completion_mask.dtype == bool
     np.testing.assert_array_equal(again.sampler_logprobs, group.sampler_logprobs)
     assert again.sampler_logprobs.flags.writeable
-    assert again != make_group(policy_version="step-11")
+    assert again != make_group(policy_step=11)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_replay_round_trip_is_exact():
         ({"prompt_ids": np.array([2**40])}, "do not fit"),
         ({"prompt_ids": np.array([], np.int32)}, "at least one token"),
         ({"completion_mask": np.ones((2, 4), np.int32)}, "dtype"),
-        ({"sampler": SamplerSettings(0.0, 1.0, 0, True)}, "temperature"),
+        ({"sampler": SamplerSettings(0.0, 1.0, 0, True, 4, 2)}, "temperature"),
         ({"versions": Versions("old", "d", "r")}, "versions.schema"),
     ],
 )

@@ -174,8 +174,8 @@ def workdir(tmp_path_factory):
     write_json(path / "config.json", config.to_dict())
     config.mesh.data = 1
     with Run(config, path) as run:
-        run.checkpoints.save(1, run.state, {})
-        run.checkpoints.wait()
+        run.save(1, {})
+        run.wait()
     return path
 
 

@@ -13,8 +13,8 @@ from srl_jax.rewards import Reward, RewardConfig
 from srl_jax.rollout import PromptTooLong, collect_rollouts, executable, executable_only, take_prompts
 from srl_jax.sandbox import EngineResult, EnvReport, RunnerUnavailable, SandboxConfig, SandboxCrash, Status
 from srl_jax.sandbox.service import RewardService, Score, ServiceConfig
+from srl_jax.steps import step_settings
 from srl_jax.trace import Rejection
-from srl_jax.train import step_settings
 from tests.fakes import CountingStream, HashEmbedder, perturbed, teacher_record, tiny_config, tiny_student
 
 SPREAD = (0.9, 0.5, 0.1, 0.5)
@@ -37,13 +37,15 @@ def lora(student):
 class Scripted:
     """Scores groups by a function of the group's number; `service_test` tests the real one."""
 
+    size = G  # completions sampled for each prompt
+
     def __init__(self, group: Callable[[int], tuple]) -> None:
         self.group, self.count, self.requests = group, 0, []
 
     def submit(self, requests):
         self.requests += requests
         scores = []
-        for _ in range(len(requests) // G):
+        for _ in range(len(requests) // self.size):
             scores += [
                 value if isinstance(value, Score) else Score(Reward(value, value, 0.5, 0.25, 0.1))
                 for value in self.group(self.count)
@@ -59,7 +61,7 @@ def collect(student, lora, service, config=None, stream=None, key=0):
     config.grpo.kl_coef = 0.0
     return collect_rollouts(
         student, lora, stream or CountingStream(), jax.random.key(key), service, config, step_settings(config)
-    )
+    )[:3]
 
 
 def with_grpo(**changes) -> TrainConfig:
@@ -185,7 +187,7 @@ def test_the_kl_of_a_completion_lowers_its_advantage(student, lora):
     batch, _, drawn = collect_rollouts(
         student, lora, CountingStream(), jax.random.key(0), Scripted(lambda number: SPREAD), config,
         step_settings(config),
-    )  # fmt: skip
+    )[:3]  # fmt: skip
     mask = drawn.arrays["mask"]
     kl = ((drawn.arrays["logprobs"] - drawn.arrays["ref"]) * mask).sum(-1) / mask.sum(-1)
     expected = np.asarray([0.4, 0.0, -0.4, 0.0]) - 0.5 * (kl - kl.mean(axis=1, keepdims=True))

@@ -11,8 +11,8 @@ import pytest
 from srl_jax import sft
 from srl_jax.model import hf
 from srl_jax.sft import TraceTooLong, collect_traces, sft_settings, sft_step
+from srl_jax.steps import step_settings
 from srl_jax.trace import parse_trace, render_trace
-from srl_jax.train import step_settings
 from srl_jax.train_step import TrainState, make_optimizer, policy_logprobs
 from tests.fakes import CountingStream, perturbed, teacher_record, tiny_config, tiny_student
 

@@ -21,11 +21,10 @@ import pytest
 
 from data_pipeline.config import DataSetConfig
 from data_pipeline.pipeline import prepare
+from srl_jax.metrics import is_timing
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-# Wall-clock numbers; everything else in a metrics line must repeat to the bit.
-TIMES = re.compile("time|seconds/.*|tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def complete_lines(path: Path) -> list[str]:
 
 def trajectory(workdir: Path) -> list[dict]:
     records = [json.loads(line) for line in complete_lines(workdir / "metrics.jsonl")]
-    return [{name: value for name, value in record.items() if not TIMES.fullmatch(name)} for record in records]
+    return [{name: value for name, value in record.items() if not is_timing(name)} for record in records]
 
 
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:

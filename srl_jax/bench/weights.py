@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from srl_jax import assets
-from srl_jax.bench.workload import SHAPES, Workload, has_weights
+from srl_jax.bench.workload import Workload, has_weights
 from srl_jax.model import export, families, hf
 from srl_jax.model.decoder import Decoder
+from srl_jax.model.shapes import SHAPES
 from srl_jax.student import tag_rows
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 from srl_jax.trace import TAGS

@@ -1,0 +1,112 @@
+"""What watches a run and turns its knobs: lambda against the KL, early stopping, the count of broken updates.
+
+Plain numbers in, decisions out. `ControlState` is JSON in every checkpoint, so that a resumed run decides as an
+uninterrupted one would.
+
+The research notes lower lambda on a KL spike. Lambda is what holds the KL, so lowering it feeds the spike: the
+default here is to raise it, and `kl_response="lower"` is the notes' literal form.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from srl_jax.config import TrainConfig
+
+_SMOOTHING = 0.8  # weight of the past in the smoothed KL and spread: about the last five steps
+_REACH = 32.0  # lambda stays within this factor of its configured value
+
+
+class Diverged(RuntimeError):
+    """So many updates in a row were not finite that going on is pointless; the message says where the batches are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlState:
+    """Everything the controllers remember."""
+
+    factor: float = 1.0  # what lambda is multiplied by
+    kl: float | None = None  # smoothed, per token
+    spread: float | None = None  # smoothed standard deviation of rewards within a group
+    broken: int = 0  # updates in a row that were skipped
+    judged_step: int = 0  # of the last held-out evaluation
+    best_reward: float | None = None
+    best_step: int = 0
+    setbacks: int = 0  # held-out evaluations since the best one
+    stopped: str = ""  # why training ended before its last step
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def kl_coef(state: ControlState, step: int, config: TrainConfig) -> float:
+    """Lambda of the update that follows `step` finished ones: configured value, decay and controller together."""
+    share = 1.0 - (1.0 - config.control.kl_coef_decay_to) * step / config.steps
+    return config.grpo.kl_coef * share * state.factor
+
+
+def after_step(state: ControlState, metrics: Mapping[str, float | None], config: TrainConfig) -> ControlState:
+    """The state after one update with these metrics (`kl`, `reward/group_std`, `skipped`; each may be missing)."""
+    c = config.control
+    kl, spread = _smooth(state.kl, metrics.get("kl")), _smooth(state.spread, metrics.get("reward/group_std"))
+    factor = state.factor
+    if c.kl_target and kl is not None and kl > c.kl_target:
+        factor = factor * c.kl_factor if c.kl_response == "raise" else factor / c.kl_factor
+    elif c.vanishing_spread and spread is not None and spread < c.vanishing_spread:
+        factor = factor / c.kl_factor
+    elif factor > 1.0:
+        factor = max(1.0, factor / c.kl_factor)
+    else:
+        factor = min(1.0, factor * c.kl_factor)
+    stopped = state.stopped
+    if c.kl_stop and kl is not None and kl > c.kl_stop:
+        stopped = f"the KL per token, smoothed, reached {kl:.4f}, beyond control.kl_stop={c.kl_stop:g}"
+    return dataclasses.replace(
+        state,
+        factor=min(max(factor, 1.0 / _REACH), _REACH),
+        kl=kl,
+        spread=spread,
+        broken=state.broken + 1 if metrics.get("skipped") else 0,
+        stopped=stopped,
+    )
+
+
+def after_evaluation(state: ControlState, step: int, reward: float | None, config: TrainConfig) -> ControlState:
+    """The state after the student of `step` earned the mean held-out `reward` (None: nothing could be scored).
+
+    The same evaluation a second time, as after a resume, changes nothing. `best_step == step` says that it is the
+    best so far.
+    """
+    if step <= state.judged_step or reward is None:
+        return state
+    if state.best_reward is None or reward > state.best_reward:
+        return dataclasses.replace(state, judged_step=step, best_reward=reward, best_step=step, setbacks=0)
+    setbacks = state.setbacks + 1
+    stopped = state.stopped
+    if config.control.patience and setbacks >= config.control.patience:
+        stopped = (
+            f"{setbacks} held-out evaluations in a row did not beat the reward {state.best_reward:.4f} of step "
+            f"{state.best_step} (control.patience={config.control.patience})"
+        )
+    return dataclasses.replace(state, judged_step=step, setbacks=setbacks, stopped=stopped)
+
+
+def check_broken(state: ControlState, config: TrainConfig, dumps: object) -> None:
+    """Raises `Diverged` when `control.max_broken_updates` updates in a row were skipped; `dumps` is where they lie."""
+    if state.broken >= config.control.max_broken_updates:
+        raise Diverged(
+            f"{state.broken} updates in a row had a non-finite loss or gradient; the adapters are those before them. "
+            f"The batches are in {dumps}; lower optim.learning_rate, or raise control.max_broken_updates to go on"
+        )
+
+
+def _smooth(past: float | None, value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return past
+    return value if past is None else _SMOOTHING * past + (1.0 - _SMOOTHING) * value
