@@ -36,9 +36,11 @@ def main() -> int:
     if config.method == "replay":
         stream = replay_stream(config.replay.dir, shuffle=config.replay.shuffle, seed=config.seed)
     else:
-        data, order = config.data, {"curriculum": config.data.curriculum, "bucket": config.data.bucket}
-        weights, batch = data.slice_weights or None, data.prompts_per_step
-        stream = make_stream(data.dir, "train", seed=config.seed, slice_weights=weights, batch_size=batch, **order)
+        d = config.data
+        stream = make_stream(
+            d.dir, "train", seed=config.seed, slice_weights=d.slice_weights or None,
+            curriculum=d.curriculum, bucket=d.bucket, batch_size=d.prompts_per_step,
+        )  # fmt: skip
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
 
     from srl_jax.train import NotReproduced, train  # the accelerator stack, only once everything else is right
