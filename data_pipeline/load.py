@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,16 @@ from data_pipeline.write import FORMAT, MANIFEST
 from srl_jax.records import (
     SCHEMA_VERSION,
     CorruptRecord,
-    ReplayGroup,
     TeacherRecord,
     decode_record,
-    decode_replay,
 )
 
 __all__ = [
     "DataError",
     "benchmark",
     "make_loader",
-    "make_replay_stream",
     "make_stream",
     "read_manifest",
-    "read_replay",
     "read_sample",
     "read_split",
     "verify",
@@ -48,8 +44,8 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
 _REBUILD = "build it again with launch/prepare_data.py"
 
 
-def read_manifest(data_dir: str | Path, kind: str = "teacher") -> dict[str, Any]:
-    """The manifest of a data set of this kind ("teacher" or "replay") and schema; DataError otherwise."""
+def read_manifest(data_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a data set this program can read; DataError otherwise."""
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -68,13 +64,7 @@ def read_manifest(data_dir: str | Path, kind: str = "teacher") -> dict[str, Any]
             f"{path}: schema is {found!r}, this program reads {SCHEMA_VERSION!r}; migrate the data set with "
             f"python launch/prepare_data.py migrate --out={data_dir}"
         )
-    if manifest.get("kind", "teacher") != kind:
-        raise DataError(f"{data_dir} holds records of kind {manifest['kind']!r}, here {kind!r} is needed")
     return manifest
-
-
-Decode = Callable[[bytes], Any]
-_DECODERS: Mapping[str, Decode] = {"teacher": decode_record, "replay": decode_replay}
 
 
 class _CorruptionLimit:
@@ -101,10 +91,7 @@ class _CorruptionLimit:
 class _SliceSource:
     """Random access to one slice's records; an unreadable one is None."""
 
-    def __init__(
-        self, data_dir: Path, shards: Sequence[Mapping[str, Any]], limit: _CorruptionLimit, decode: Decode
-    ) -> None:
-        self._decode = decode
+    def __init__(self, data_dir: Path, shards: Sequence[Mapping[str, Any]], limit: _CorruptionLimit) -> None:
         self._names = [str(data_dir / shard["file"]) for shard in shards]
         self._counts = [int(shard["records"]) for shard in shards]
         self._limit = limit
@@ -123,7 +110,7 @@ class _SliceSource:
 
     def __getitem__(self, index: int) -> Any | None:
         try:
-            return self._decode(self._records[index])
+            return decode_record(self._records[index])
         except (CorruptRecord, RuntimeError, ValueError) as error:  # damaged content, damaged container
             shard, within = self._locate(index)
             self._limit.report(shard, within, error)
@@ -137,19 +124,16 @@ class _SliceSource:
         raise IndexError(index)
 
 
-def _sources(
-    data_dir: str | Path, split: str, max_corrupt_share: float, kind: str = "teacher"
-) -> dict[str, _SliceSource]:
-    slices = _slices(data_dir, split, kind)
+def _sources(data_dir: str | Path, split: str, max_corrupt_share: float) -> dict[str, _SliceSource]:
+    slices = _slices(data_dir, split)
     total = sum(shard["records"] for entry in slices.values() for shard in entry["shards"])
     limit = _CorruptionLimit(total, max_corrupt_share)
-    decode = _DECODERS[kind]
-    return {name: _SliceSource(Path(data_dir), entry["shards"], limit, decode) for name, entry in slices.items()}
+    return {name: _SliceSource(Path(data_dir), entry["shards"], limit) for name, entry in slices.items()}
 
 
-def _slices(data_dir: str | Path, split: str, kind: str) -> dict[str, dict[str, Any]]:
+def _slices(data_dir: str | Path, split: str) -> dict[str, dict[str, Any]]:
     """The manifest's entries of a split's slices, in the order of their names; at least one holds a record."""
-    manifest = read_manifest(data_dir, kind)
+    manifest = read_manifest(data_dir)
     if split not in manifest["splits"]:
         raise DataError(f"{data_dir} has no split {split!r}; it has {', '.join(manifest['splits'])}")
     slices = {name: entry for name, entry in sorted(manifest["splits"][split]["slices"].items()) if entry["records"]}
@@ -217,15 +201,14 @@ def _dataset(
     slice_weights: Mapping[str, float] | None,
     repeat: bool,
     max_corrupt_share: float,
-    kind: str = "teacher",
     **ordering: Any,
 ) -> grain.IterDataset:
-    slices = _slices(data_dir, split, kind)
+    slices = _slices(data_dir, split)
     weights = dict.fromkeys(slices, 1.0) if slice_weights is None else dict(slice_weights)
     plan = _checked_plan(data_dir, split, slices, Plan(seed, weights if repeat else None, **ordering))
     needed = plan.curriculum > 0 or plan.bucket > 1
     index = {name: _slice_index(Path(data_dir), entry, needed) for name, entry in slices.items()}
-    sources = _sources(data_dir, split, max_corrupt_share, kind)
+    sources = _sources(data_dir, split, max_corrupt_share)
     return grain.MapDataset.source(_Planned(sources, Order(index, plan))).to_iter_dataset(_READ)
 
 
@@ -299,21 +282,6 @@ def make_loader(
     return iter(records.batch(batch_size, batch_fn=list))
 
 
-def make_replay_stream(
-    data_dir: str | Path, *, seed: int, slice_weights: Mapping[str, float] | None = None, **options: Any
-) -> grain.DatasetIterator:
-    """`make_stream` for a folder of replay groups; `options` are its others (`repeat`, `bucket`, `hosts`, ...)."""
-    defaults = {"repeat": True, "max_corrupt_share": MAX_CORRUPT_SHARE}
-    every = {**defaults, **options, "seed": seed, "slice_weights": slice_weights, "kind": "replay"}
-    return iter(_dataset(data_dir, "train", **every))
-
-
-def read_replay(data_dir: str | Path) -> list[ReplayGroup]:
-    """All groups of a folder in the order they were written, slice by slice; a damaged one raises DataError."""
-    sources = _sources(data_dir, "train", 0.0, "replay")
-    return [source[i] for source in sources.values() for i in range(len(source))]
-
-
 def read_split(
     data_dir: str | Path, split: str, *, max_corrupt_share: float = MAX_CORRUPT_SHARE
 ) -> list[TeacherRecord]:
@@ -340,9 +308,9 @@ def benchmark(data_dir: str | Path, split: str = "train", *, records: int = 20_0
     return {"records": records, "records_per_second": records / clock, "records_per_cpu_second": records / cpu}
 
 
-def verify(data_dir: str | Path, kind: str = "teacher") -> None:
+def verify(data_dir: str | Path) -> None:
     """Compares every file of a data set with the manifest's SHA-256; DataError naming the first that differs."""
-    manifest = read_manifest(data_dir, kind)
+    manifest = read_manifest(data_dir)
     shards = [
         shard
         for split in manifest["splits"].values()

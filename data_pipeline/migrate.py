@@ -8,16 +8,15 @@ from typing import Any
 from array_record.python import array_record_module
 
 from data_pipeline.errors import DataError
-from data_pipeline.write import FORMAT, MANIFEST, begin, commit, copy_file, write_replay_shards, write_shards
-from srl_jax.records import SCHEMA_VERSION, CorruptRecord, decode_record, decode_replay
+from data_pipeline.write import FORMAT, MANIFEST, begin, commit, copy_file, write_shards
+from srl_jax.records import SCHEMA_VERSION, CorruptRecord, TeacherRecord, decode_record
 
 Upgrade = tuple[str, Callable[[dict[str, Any]], None]]
 
 
 def _to_2(record: dict[str, Any]) -> None:
-    """Tasks may be steps of an episode; those of schema 1 never were. Replay groups hold no task."""
-    if "task" in record:
-        record["task"]["episode"] = None
+    """Tasks may be steps of an episode; those of schema 1 never were."""
+    record["task"]["episode"] = None
 
 
 # Schema -> the next one, and what changes on the way.
@@ -37,14 +36,12 @@ def migrate(data_dir: Path) -> tuple[str, str]:
     if old == SCHEMA_VERSION:
         return old, old
     _path_from(old)
-    replay = manifest.get("kind") == "replay"
-    decode, write = (decode_replay, write_replay_shards) if replay else (decode_record, write_shards)
     partial = begin(data_dir)
     for split, content in manifest["splits"].items():
         for name, entry in content["slices"].items():
-            records = [row for shard in entry["shards"] for row in _upgraded(data_dir / shard["file"], old, decode)]
+            records = [row for shard in entry["shards"] for row in _upgraded(data_dir / shard["file"], old)]
             per_shard = max([1, *(shard["records"] for shard in entry["shards"])])
-            entry["shards"] = write(partial / split, name, records, per_shard)
+            entry["shards"] = write_shards(partial / split, name, records, per_shard)
     for raw in manifest["raw"]:
         copy_file(data_dir / raw["file"], partial / raw["file"])
     manifest["schema"] = SCHEMA_VERSION
@@ -65,7 +62,7 @@ def _path_from(schema: str) -> list[Callable[[dict[str, Any]], None]]:
     return steps
 
 
-def _upgraded(path: Path, schema: str, decode: Callable[[bytes], Any]) -> Iterator[Any]:
+def _upgraded(path: Path, schema: str) -> Iterator[TeacherRecord]:
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         rows = reader.read_all()
@@ -74,7 +71,7 @@ def _upgraded(path: Path, schema: str, decode: Callable[[bytes], Any]) -> Iterat
         raise DataError(f"{path} is damaged ({error}); restore it before migrating") from error
     for index, data in enumerate(rows):
         try:
-            yield decode(upgraded(data, schema))
+            yield decode_record(upgraded(data, schema))
         except (CorruptRecord, ValueError, KeyError, TypeError) as error:
             raise DataError(f"record {index} of {path} cannot be migrated: {error}") from error
 

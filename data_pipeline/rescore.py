@@ -1,30 +1,26 @@
 """Scores a data set anew, for other weights or a newer reward, without asking a teacher or executing anything.
 
-Teacher records: `trace_quality` from the stored trace and report; steps that were good enough but for their quality
-are read from the raw lines and may come in, others may go out. Replay groups: rewards of the stored completions.
+`trace_quality` follows from the stored trace and report; steps that were good enough but for their quality are read
+from the raw lines and may come in, others may go out.
 """
 
 import dataclasses
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.errors import DataError
-from data_pipeline.load import read_manifest, read_replay, read_split
+from data_pipeline.load import read_manifest, read_split
 from data_pipeline.quality import QualityConfig, trace_quality
 from data_pipeline.stages import Embeds, Kept, Scoring
 from data_pipeline.validate import Drop
-from data_pipeline.write import RAW_STEP, begin, commit, file_entry, write_raw, write_replay, write_shards
-from srl_jax.embedding import cosine
-from srl_jax.records import ReplayGroup, TeacherRecord, Versions, task_from_json
-from srl_jax.rewards import REWARD_VERSION, RewardConfig, score_trace
-from srl_jax.tokenizer import Tokenizer
-from srl_jax.trace import Trace, parse_trace, render_trace
+from data_pipeline.write import RAW_STEP, begin, commit, file_entry, write_raw, write_shards
+from srl_jax.records import TeacherRecord, task_from_json
+from srl_jax.rewards import REWARD_VERSION
+from srl_jax.trace import parse_trace, render_trace
 
 
 def rescore(data_dir: Path, quality: QualityConfig, embedder: Embeds | None = None) -> dict[str, Any]:
@@ -84,66 +80,3 @@ def _record(line: Mapping[str, Any], known: Mapping[str, TeacherRecord], scoring
         return dataclasses.replace(old, trace_quality=line["quality"], versions=versions)
     task, report = task_from_json(line["task"]), line["env_report"]
     return scoring(None, [Kept(task, render_trace(trace), trace.think, line["quality"], report, line["teacher"])])[0]
-
-
-def rescore_replay(
-    replay_dir: Path,
-    teachers: Iterable[TeacherRecord],
-    config: RewardConfig,
-    embedder: Embeds,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """Rewrites the rewards of stored replay groups in place; log-probs, tokens and states stay as they are.
-
-    `teachers` are the records whose tasks the groups belong to. DataError for a group of another tokenizer or of a
-    task that is not among them, and for `config.execution` above 0: verdicts are not stored with groups.
-    """
-    if config.execution > 0:
-        raise DataError("reward.execution is above 0, but replay groups hold no verdicts; sample them again")
-    manifest = read_manifest(replay_dir, kind="replay")
-    by_task = {record.task.task_id: record for record in teachers}
-    groups = [_scored_again(group, by_task, config, embedder, tokenizer) for group in read_replay(replay_dir)]
-    per_shard = max(
-        shard["records"] for entry in manifest["splits"]["train"]["slices"].values() for shard in entry["shards"]
-    )
-    about = {"reward": REWARD_VERSION, "reward_config": dataclasses.asdict(config)}
-    return write_replay(replay_dir, groups, per_shard=per_shard, **about)
-
-
-def _scored_again(
-    group: ReplayGroup,
-    teachers: Mapping[str, TeacherRecord],
-    config: RewardConfig,
-    embedder: Embeds,
-    tokenizer: Tokenizer,
-) -> ReplayGroup:
-    if group.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"a group of {group.task_id} was sampled with another tokenizer; give that model with --model")
-    if group.task_id not in teachers:
-        raise DataError(f"no teacher record of {group.task_id}; give the data set the groups were sampled on")
-    record = teachers[group.task_id]
-    teacher = parse_trace(record.trace)
-    rewards = [
-        _reward(tokenizer.decode_trace(ids[mask]), teacher, record, config, embedder, tokenizer)
-        for ids, mask in zip(group.completion_ids, group.completion_mask, strict=True)
-    ]
-    versions = Versions(group.versions.schema, group.versions.dataset, REWARD_VERSION)
-    return dataclasses.replace(group, rewards=np.asarray(rewards, np.float32), versions=versions)
-
-
-def _reward(
-    text: str,
-    teacher: Trace,
-    record: TeacherRecord,
-    config: RewardConfig,
-    embedder: Embeds,
-    tokenizer: Tokenizer,
-) -> float:
-    return score_trace(
-        text,
-        teacher,
-        cosine=lambda think: cosine(embedder.embed([think])[0], record.think_embedding),
-        student_tokens=lambda think: len(tokenizer.encode_text(think)),
-        teacher_tokens=len(tokenizer.encode_text(teacher.think)),
-        config=config,
-    ).total

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_pipeline.errors import DataError
-from srl_jax.records import SCHEMA_VERSION, ReplayGroup, TeacherRecord, encode_record, encode_replay
+from srl_jax.records import TeacherRecord, encode_record
 from srl_jax.trace import render_state
 
 MANIFEST = "manifest.json"
@@ -58,35 +58,6 @@ def write_shards(
 ) -> list[dict[str, Any]]:
     """Writes `records` as ``<slice>-0000i-of-0000N.arrayrecord`` and returns the manifest's entries for them."""
     return _write(folder, slice_name, [encode_record(record) for record in records], _measure(records), per_shard)
-
-
-def write_replay(target: Path, groups: Sequence[ReplayGroup], *, per_shard: int = 1000, **about: Any) -> dict[str, Any]:
-    """A folder of replay groups (records of kind B), slice by slice; returns its manifest, which also says `about`.
-
-    Raises `CorruptRecord` for a group without log-probs or grammar states, DataError for a target that holds something
-    else; the target is as it was then.
-    """
-    partial = begin(target)
-    by_slice: dict[str, list[ReplayGroup]] = {}
-    for group in groups:
-        by_slice.setdefault(group.slice, []).append(group)
-    slices = {
-        name: {"records": len(own), "shards": write_replay_shards(partial / "train", name, own, per_shard)}
-        for name, own in sorted(by_slice.items())
-    }
-    tokenizers = sorted({group.tokenizer for group in groups})
-    manifest = {"format": FORMAT, "kind": "replay", "schema": SCHEMA_VERSION, "tokenizers": tokenizers, **about}
-    manifest.update(splits={"train": {"slices": slices}}, raw=[])
-    commit(partial, target, manifest)
-    return manifest
-
-
-def write_replay_shards(
-    folder: Path, slice_name: str, groups: Sequence[ReplayGroup], per_shard: int
-) -> list[dict[str, Any]]:
-    """`write_shards` for records of kind B; their length is counted in tokens."""
-    lengths = [(1, group.prompt_ids.size + group.completion_ids.shape[-1]) for group in groups]
-    return _write(folder, slice_name, [encode_replay(group) for group in groups], lengths, per_shard)
 
 
 def _write(

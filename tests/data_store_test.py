@@ -1,4 +1,4 @@
-"""The store: scores rebuilt without a teacher, older schemas migrated, groups for replay."""
+"""The store: scores rebuilt without a teacher, older schemas migrated."""
 
 import dataclasses
 import gzip
@@ -14,29 +14,26 @@ from array_record.python import array_record_module
 
 from data_pipeline import commands
 from data_pipeline.errors import DataError
-from data_pipeline.load import make_replay_stream, make_stream, read_manifest, read_replay, read_split, verify
+from data_pipeline.load import make_stream, read_manifest, read_split, verify
 from data_pipeline.migrate import UPGRADES
 from data_pipeline.quality import QualityConfig, trace_quality
-from data_pipeline.rescore import read_raw, rescore, rescore_replay
+from data_pipeline.rescore import read_raw, rescore
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
 from data_pipeline.teacher import OracleTeacher
-from data_pipeline.write import FORMAT, RAW_STEP, begin, commit, file_entry, write_raw, write_replay, write_shards
+from data_pipeline.write import FORMAT, RAW_STEP, begin, commit, file_entry, write_raw, write_shards
 from srl_jax.records import (
     SCHEMA_VERSION,
     CorruptRecord,
-    ReplayGroup,
-    SamplerSettings,
     TeacherRecord,
     Versions,
     encode_record,
     task_from_json,
     task_to_json,
 )
-from srl_jax.rewards import REWARD_VERSION, RewardConfig
+from srl_jax.rewards import REWARD_VERSION
 from srl_jax.trace import parse_trace, render_trace
 from tests.fakes import HashEmbedder
-from tests.tiny_tokenizer import tiny_tokenizer
 
 REPORT = {"success": True, "diff": "-a\n+b"}
 NAME = "python/generated"
@@ -216,88 +213,6 @@ def test_a_foreign_record_in_a_shard_names_the_command(data):
 
     with pytest.raises(CorruptRecord, match=r"launch/prepare_data\.py migrate"):
         decode_record(json.dumps(value).encode())
-
-
-# ------------------------------------------------------------------------------------------------- replay groups
-
-
-def group(index, tokenizer, texts, **changes):
-    draft = generate(rule_named("python-rename-method"), index, 0, 300)
-    ids = [tokenizer.encode(text) for text in texts]
-    width = max(map(len, ids))
-    padded = np.array([row + [tokenizer.pad_id] * (width - len(row)) for row in ids], np.int32)
-    mask = np.array([[position < len(row) for position in range(width)] for row in ids])
-    values = {
-        "task_id": draft.task.task_id,
-        "slice": NAME,
-        "prompt_ids": np.arange(5 + index, dtype=np.int32),
-        "completion_ids": padded,
-        "completion_mask": mask,
-        "sampler_logprobs": np.full(padded.shape, -0.5, np.float32),
-        "grammar_states": np.zeros(padded.shape, np.int32),
-        "rewards": np.zeros(len(texts), np.float32),
-        "policy_version": "p/0",
-        "tokenizer": tokenizer.fingerprint,
-        "sampler": SamplerSettings(1.0, 1.0, 0, True),
-        "versions": Versions(SCHEMA_VERSION, "tag", "srl-reward/0"),
-    }
-    return ReplayGroup(**{**values, **changes})
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture
-def groups(tokenizer):
-    texts = [record(line(index)).trace for index in range(4)]
-    return [group(index, tokenizer, [texts[index], texts[(index + 1) % 4]]) for index in range(4)]
-
-
-def test_groups_are_stored_and_streamed(tmp_path, groups):
-    manifest = write_replay(tmp_path / "replay", groups, per_shard=3, policy="p")
-    assert manifest["kind"] == "replay" and manifest["tokenizers"] == [groups[0].tokenizer]
-    assert read_replay(tmp_path / "replay") == groups
-    verify(tmp_path / "replay", kind="replay")
-    stream = make_replay_stream(tmp_path / "replay", seed=0, bucket=2, batch_size=2)
-    seen = [next(stream) for _ in range(4)]
-    assert {one.task_id for one in seen} == {one.task_id for one in groups}
-    state = json.loads(json.dumps(stream.get_state()))
-    following = next(stream)
-    stream.set_state(state)
-    assert next(stream) == following
-    with pytest.raises(DataError, match="holds records of kind 'replay', here 'teacher' is needed"):
-        make_stream(tmp_path / "replay", "train", seed=0)
-
-
-@pytest.mark.parametrize("missing", ["sampler_logprobs", "grammar_states"])
-def test_a_group_that_cannot_be_trained_on_is_refused(tmp_path, groups, missing):
-    broken = dataclasses.replace(groups[1], **{missing: None})
-    with pytest.raises(CorruptRecord, match=f"{missing} are missing; a group without them cannot be trained on"):
-        write_replay(tmp_path / "replay", [groups[0], broken])
-    assert not (tmp_path / "replay").exists()
-
-
-def test_rewards_of_stored_completions_follow_new_weights(tmp_path, data, groups, tokenizer):
-    write_replay(tmp_path / "replay", groups)
-    teachers = read_split(data, "train")
-    rescore_replay(tmp_path / "replay", teachers, RewardConfig(), HashEmbedder(), tokenizer)
-    scored = read_replay(tmp_path / "replay")
-    for old, new in zip(groups, scored, strict=True):
-        assert new.rewards[0] == 1.0 and 0 < new.rewards[1] < 1.0  # the teacher's own trace, and another's
-        assert new.versions.reward == REWARD_VERSION
-        assert np.array_equal(new.sampler_logprobs, old.sampler_logprobs)
-    config = RewardConfig(action_weight=0.0, state_weight=0.0, think_weight=0.5)
-    manifest = rescore_replay(tmp_path / "replay", teachers, config, HashEmbedder(), tokenizer)
-    assert [one.rewards[0] for one in read_replay(tmp_path / "replay")] == [0.5] * 4
-    assert manifest["reward_config"]["think_weight"] == 0.5
-    with pytest.raises(DataError, match="no teacher record of"):
-        rescore_replay(tmp_path / "replay", teachers[:1], config, HashEmbedder(), tokenizer)
-    with pytest.raises(DataError, match="another tokenizer"):
-        rescore_replay(tmp_path / "replay", teachers, config, HashEmbedder(), tiny_tokenizer(0))
-    with pytest.raises(DataError, match="hold no verdicts"):
-        rescore_replay(tmp_path / "replay", teachers, RewardConfig(execution=1.0), HashEmbedder(), tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------- the commands
