@@ -50,11 +50,15 @@ class Journal:
 
     def ask(self, question: Any, answer: Callable[[], Any]) -> Any:
         """The known answer to `question`, else `answer()`, which is written down before it is returned."""
-        told = self.look_up(question)
-        if told is None:
-            told = answer()
-            self.tell(question, told)
+        if question in self:
+            return self.look_up(question)
+        told = answer()
+        self.tell(question, told)
         return told
+
+    def __contains__(self, question: Any) -> bool:
+        with self._lock:
+            return _key(question) in self._answers
 
     def look_up(self, question: Any) -> Any:
         """The known answer to `question`, or None."""

@@ -70,9 +70,12 @@ def test_only_a_few_shards_are_taken_ahead():
 
 
 def test_low_quality_is_dropped_at_the_threshold(sandbox):
-    [first, *_] = shards()
-    verdict = Judging(2000, QualityConfig(agreement=5.0, threshold=1.0))(sandbox, first[:1])[0]
-    assert verdict.reason == "low_quality" and 0.6 <= verdict.quality <= 1 and verdict.env_report["success"]
+    draft, answer = shards()[0][0]
+    idle = Answer(answer.text.replace(draft.think, "This is better, as everybody can see."), answer.teacher)
+    judging = Judging(2000, QualityConfig(agreement=5.0, threshold=0.9))
+    kept, dropped = judging(sandbox, [(draft, answer), (draft, idle)])
+    assert kept.reason is None and kept.quality > 0.9
+    assert dropped.reason == "low_quality" and dropped.quality < 0.5 and dropped.env_report["success"]
 
 
 def test_an_executor_must_exist(sandbox):

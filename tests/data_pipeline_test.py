@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -263,12 +264,12 @@ class Rubbish(OracleTeacher):
 
 
 class Silent(OracleTeacher):
-    """A teacher that answers every other task only."""
+    """A teacher that answers about every other task only."""
 
     name = version = "silent/1"
 
     def answer(self, draft):
-        if int(draft.task.task_id[-1]) % 2:
+        if zlib.crc32(draft.task.rule.encode()) % 2:
             raise NoAnswer(self.name, "http_500", attempts=3, prompt_tokens=9, wasted_tokens=1, cost_usd=0.5)
         return super().answer(draft)
 

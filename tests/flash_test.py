@@ -77,7 +77,8 @@ def test_devices_work_on_their_own_rows_and_heads(axes):
         results.append(jax.block_until_ready(run(arguments)))
         if mesh_or_none is not None:
             text = run.lower(arguments).compile().as_text()
-            assert not re.findall(r"all-reduce\(", text)
+            if axes != (4, 1, 1):  # two prompts on four devices: each does them all, and the gradients are averaged
+                assert not re.findall(r"all-reduce\(", text)
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
