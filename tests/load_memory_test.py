@@ -86,7 +86,7 @@ def test_no_second_copy_of_the_model(models, quantize):
     assert leaf < 0.27 * size
     if quantize == "none":
         assert report["held"] == size
-        assert 0.9 * size < report["peak"] < size + 1.5 * leaf
+        assert 0.9 * size < report["peak"] < size + 2.5 * leaf
     else:
         # Measured 0.23 above what is held: a tensor, its quantisation. A leaf in full precision would add another 0.25.
         assert report["held"] < 0.17 * size
