@@ -1,9 +1,12 @@
 """What every test runs under. Only the environment is set here, so that host-only tests never import JAX."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 _VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
 
@@ -21,3 +24,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go():
+    """Frees a module's compiled programs after it: each holds memory maps, and a process may have 65,530 of these."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
