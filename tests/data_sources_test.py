@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.journal import Journal
 from data_pipeline.offers import quotas, real_candidates
 from data_pipeline.splits import SPLITS, split_repositories, split_rules
+from data_pipeline.syntax import parse_python
 from data_pipeline.tasks.catalogue import CATALOGUE, rule_named
 from data_pipeline.tasks.imported import read_user_tasks
 from data_pipeline.tasks.real import RealFile
@@ -299,3 +301,11 @@ def test_a_killed_writer_loses_nothing_it_was_told(tmp_path):
     with Journal(path) as journal:
         assert told < len(journal) <= told + 2
         assert journal.ask(told, lambda: pytest.fail("asked again")) == "x" * 1000
+
+
+def test_python_is_parsed_by_many_threads_at_once():
+    """CPython 3.11 loses count without the lock; a deep tree and a shallow one side by side show it."""
+    deep = "x = " + "-" * 60 + "1\n" + "def f():\n    return [" + "(" * 40 + "1" + ")" * 40 + "]\n"
+    with ThreadPoolExecutor(8) as pool:
+        trees = list(pool.map(lambda n: parse_python(deep * (1 + n % 7)), range(400)))
+    assert [len(tree.body) for tree in trees] == [2 * (1 + n % 7) for n in range(400)]

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from data_pipeline.syntax import parse_python
 from data_pipeline.tasks.rule import Draft, Rule, before_and_after, fill
 from data_pipeline.tasks.state import draw_prior
 from data_pipeline.tasks.vocabulary import draw
@@ -72,7 +73,7 @@ def _test_ids(language: str, test: SourceFile) -> list[str]:
         module = test.path.removesuffix(".py").replace("/", ".")
         return [
             f"{module}.{cls.name}.{method.name}"
-            for cls in ast.parse(test.text).body
+            for cls in parse_python(test.text).body
             if isinstance(cls, ast.ClassDef)
             for method in cls.body
             if isinstance(method, ast.FunctionDef) and method.name.startswith("test_")

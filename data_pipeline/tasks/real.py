@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+from data_pipeline.syntax import parse_python
 from data_pipeline.tasks.generated import sentence
 from data_pipeline.tasks.rule import Draft, Rule, fill
 from data_pipeline.tasks.state import draw_prior, for_test_code
@@ -115,7 +116,7 @@ def _read(path: Path) -> str | None:
 def enclosing_function(text: str, line: int) -> str | None:
     """The innermost Python function around 1-based `line`, dedented to stand alone; None if there is none."""
     try:
-        tree = ast.parse(text)
+        tree = parse_python(text)
     except (SyntaxError, ValueError, RecursionError):
         return None
     best: ast.FunctionDef | ast.AsyncFunctionDef | None = None
@@ -133,7 +134,7 @@ def enclosing_function(text: str, line: int) -> str | None:
 
 def _parses(text: str) -> bool:
     try:
-        ast.parse(text)
+        parse_python(text)
     except (SyntaxError, ValueError, RecursionError):
         return False
     return True
