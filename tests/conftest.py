@@ -13,7 +13,8 @@ _VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
 # JAX reads these when it is first imported, which is after this file. An accelerator would make tolerances
 # and device counts depend on the machine; `JAX_PLATFORMS=cuda make test` still chooses one on purpose.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_VIRTUAL_DEVICES}".strip()
+if _VIRTUAL_DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker process inherits what its parent set
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_VIRTUAL_DEVICES}".strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
