@@ -20,9 +20,7 @@ class StreamGuard:
     fewer `tags` the answer is complete at the last of those.
     """
 
-    def __init__(
-        self, count_tokens: Callable[[str], int], max_think_tokens: int, tags: tuple[str, ...] = TAGS
-    ) -> None:
+    def __init__(self, count_tokens: Callable[[str], int], max_think_tokens: int, tags: tuple[str, ...] = TAGS) -> None:
         self._count_tokens, self._max_think_tokens, self._tags = count_tokens, max_think_tokens, tags
         self._seen = 0  # tags, in their order
         self._block_start = self._searched = 0

@@ -416,9 +416,7 @@ def _validate_control(config: TrainConfig) -> None:
         if value and not config.grpo.kl_coef:
             raise ConfigError(f"control.{name}", value, "moves lambda by factors, so grpo.kl_coef must be above 0")
     if control.kl_stop and control.kl_stop <= control.kl_target:
-        raise ConfigError(
-            "control.kl_stop", control.kl_stop, f"must be above control.kl_target = {control.kl_target}"
-        )
+        raise ConfigError("control.kl_stop", control.kl_stop, f"must be above control.kl_target = {control.kl_target}")
     chooses = control.patience or control.keep_best
     if chooses and not evaluation.every:
         raise ConfigError("eval.every", 0, "must be above 0 where control.patience or control.keep_best is set")

@@ -294,9 +294,7 @@ def _to_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
         if not isinstance(value, kind):
             raise CorruptRecord(f"{path or 'record'} is a {type(value).__name__}, must be {kind.__name__}")
         fields = vars(value)
-        return {
-            name: _to_json(fields[name], hint, _join(path, name), sizes) for name, hint in _hints(kind).items()
-        }
+        return {name: _to_json(fields[name], hint, _join(path, name), sizes) for name, hint in _hints(kind).items()}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _array_to_json(value, arguments[1], path, sizes)

@@ -190,9 +190,7 @@ def parse_state(json_text: str) -> StateUpdate:
     """Reads the JSON of a `<state_update>` block; raises `TraceError`."""
     block = "state_update"
     value = _read_block(json_text, block, required=STATE_FIELDS)
-    lists = [
-        _strings(value[name], name, block, 0, MAX_STATE_ITEMS, MAX_STATE_ITEM_CHARS) for name in STATE_FIELDS
-    ]
+    lists = [_strings(value[name], name, block, 0, MAX_STATE_ITEMS, MAX_STATE_ITEM_CHARS) for name in STATE_FIELDS]
     return StateUpdate(*lists)
 
 
@@ -294,9 +292,7 @@ def _stray(text: str, tag: str) -> TraceError:
     return TraceError(Rejection.STRAY_TEXT, tag, f"{text[:40]!r} before {tag}")
 
 
-def _read_block(
-    json_text: str, block: str, required: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, Any]:
+def _read_block(json_text: str, block: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     value = strict_json(json_text, max_bytes=MAX_JSON_BYTES, max_depth=MAX_JSON_DEPTH, block=block)
     if not isinstance(value, dict):
         raise _violation(block, f"must be a JSON object, not {type(value).__name__}", block)

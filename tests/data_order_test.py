@@ -70,9 +70,7 @@ def test_one_pass_takes_everything_once():
 def test_hosts_together_read_what_one_big_host_reads(bucket):
     weights = {"a": 2.0, "b": 1.0}
     alone = first(24 * 6, Plan(1, weights, bucket=bucket, batch_size=12))
-    hosts = [
-        first(24 * 2, Plan(1, weights, bucket=bucket, batch_size=4, host=host, hosts=3)) for host in range(3)
-    ]
+    hosts = [first(24 * 2, Plan(1, weights, bucket=bucket, batch_size=4, host=host, hosts=3)) for host in range(3)]
     for batch in range(12):
         together = [item for own in hosts for item in own[batch * 4 : batch * 4 + 4]]
         assert sorted(together) == sorted(alone[batch * 12 : batch * 12 + 12])

@@ -251,9 +251,7 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 @given(st.lists(st.builds(SourceFile, text, text), max_size=3), text, st.floats(0, 1), st.integers(1, 2**70))
 def test_round_trip_property(files, instruction, quality, difficulty):
-    task = dataclasses.replace(
-        make_record().task, files=tuple(files), instruction=instruction, difficulty=difficulty
-    )
+    task = dataclasses.replace(make_record().task, files=tuple(files), instruction=instruction, difficulty=difficulty)
     record = make_record(task=task, trace_quality=quality)
     assert decode_record(encode_record(record)).task == task
     assert decode_record(encode_record(record)) == record
