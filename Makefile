@@ -8,6 +8,8 @@ MAKEFLAGS += --no-builtin-rules
 VENV ?= .venv
 # A GPU or TPU build of JAX as well: make setup EXTRAS=test,cuda12 (or cuda13, tpu).
 EXTRAS ?= test
+# Test processes at once; each takes up to 4 GB.
+WORKERS ?= 2
 # The first Python that is new enough; name another by make PYTHON=/path/to/python.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -35,7 +37,7 @@ test: $(INSTALLED)
 	@command -v node >/dev/null || echo "notice: no Node here, tests of JavaScript tasks are left out"
 	@command -v javac >/dev/null || echo "notice: no JDK here, tests of Java tasks are left out"
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 demo: $(DEMO_DATA)
 	$(BIN)/python launch/train.py --config=configs/smollm2_cpu.py --workdir=runs/demo

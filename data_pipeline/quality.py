@@ -2,20 +2,44 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.errors import DataError
 from srl_jax.trace import Action, Trace
 
-THRESHOLD = 0.6
 MAX_THINK_WORDS = 512  # the token cap of algorithm.md, generously read as words
-WEIGHTS: Mapping[str, float] = {"schema": 0.2, "execution": 0.4, "length": 0.15, "agreement": 0.25}
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """Weights of the four parts, which are divided by their sum, and the least quality of a record.
+
+    `DataError` names a field that is out of range.
+    """
+
+    schema: float = 0.2
+    execution: float = 0.4
+    length: float = 0.15
+    agreement: float = 0.25
+    threshold: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < float("inf"):
+                raise DataError(f"quality.{name} is {value}; must be 0 or more")
+        if self.threshold > 1 or not self.schema + self.execution + self.length + self.agreement > 0:
+            raise DataError("quality: the threshold must be at most 1 and one weight above 0")
+
+
+DEFAULT = QualityConfig()
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z]+")
 _SPLIT = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def trace_quality(trace: Trace, env_report: Mapping[str, Any]) -> float:
-    """A weighted mean of four parts, each in [0, 1]; without a successful execution never above 0.6.
+def trace_quality(trace: Trace, env_report: Mapping[str, Any], config: QualityConfig = DEFAULT) -> float:
+    """A weighted mean of four parts, each in [0, 1]; by default never above 0.6 without a successful execution.
 
     The schema part is 1 for every parsed trace: it is kept as a term so that malformed text, scored 0 by its
     absence, and parsed text are on one scale.
@@ -26,7 +50,8 @@ def trace_quality(trace: Trace, env_report: Mapping[str, Any]) -> float:
         "length": length_score(trace.think),
         "agreement": agreement(trace.think, trace.action),
     }
-    return sum(WEIGHTS[name] * value for name, value in parts.items())
+    weights = {name: vars(config)[name] for name in parts}
+    return sum(weights[name] * value for name, value in parts.items()) / sum(weights.values())
 
 
 def length_score(think: str) -> float:

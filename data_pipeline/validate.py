@@ -18,7 +18,7 @@ class Drop(StrEnum):
     ``action:<status>``."""
 
     MALFORMED = "malformed"
-    NOT_CANONICAL = "not_canonical"
+    ROUND_TRIP = "round_trip"  # its canonical text means something else
     ACTION = "action"
     WRONG_DIFF = "wrong_diff"
     PASSED_BEFORE = "tests_passed_before"
@@ -26,16 +26,23 @@ class Drop(StrEnum):
     FAILED_AFTER = "tests_failed_after"
     TOO_LONG = "too_long"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"  # of a task in an earlier split
+    EPISODE = "episode_incomplete"  # another step of the episode was dropped
     LOW_QUALITY = "low_quality"
+    NO_ANSWER = "no_answer"  # with the endpoint's reason after a colon; asked again by the next run
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A checked step: `reason` is None when it is kept, else a `Drop`, with the detail after a colon."""
+    """A checked step: `reason` is None when it is kept, else a `Drop`, with the detail after a colon.
+
+    `quality` is `trace_quality` of a step that got so far.
+    """
 
     reason: str | None
     trace: Trace | None = None
     env_report: dict[str, Any] | None = None
+    quality: float | None = None
 
 
 def stable_report(report: dict[str, Any]) -> dict[str, Any]:
@@ -53,24 +60,33 @@ def validate(draft: Draft, text: str, sandbox: Sandbox, max_trace: int) -> Verdi
         trace = parse_trace(text)
     except TraceError as error:
         return Verdict(f"{Drop.MALFORMED}:{error.rejection}")
-    if render_trace(trace) != text:
-        return Verdict(Drop.NOT_CANONICAL, trace)
-    if len(text) > max_trace:
+    canonical = render_trace(trace)  # white space and the order of keys are the teacher's own affair
+    if not _means(canonical, trace):
+        return Verdict(Drop.ROUND_TRIP, trace)
+    if len(canonical) > max_trace:
         return Verdict(Drop.TOO_LONG, trace)
     files = {file.path: file.text for file in task.files}
-    if task.tests is not None:
+    if task.tests is not None and task.source != "user":  # a user's tests may as well guard what works already
         outcome = sandbox.run_tests(files, task.tests)
         if outcome.satisfies(task.tests.expected_ids):
             return Verdict(Drop.PASSED_BEFORE, trace)
         if outcome.ended != "finished":
             return Verdict(f"{Drop.BROKEN_BEFORE}:{outcome.ended}", trace)
-    expected = {file.path: file.text for file in task.expected}
+    # Of a user's task nobody knows the right edit.
+    expected = {file.path: file.text for file in task.expected} if task.source != "user" else None
     report = sandbox.execute(trace.action, files, tests=task.tests, expected=expected)
     plain = stable_report(report.to_dict())
     if report.status is not Status.OK:
         return Verdict(f"{Drop.ACTION}:{report.status}", trace, plain)
-    if not report.expected_diff:
+    if report.expected_diff is False:
         return Verdict(Drop.WRONG_DIFF, trace, plain)
     if not report.success:
         return Verdict(Drop.FAILED_AFTER, trace, plain)
     return Verdict(None, trace, plain)
+
+
+def _means(text: str, trace: Trace) -> bool:
+    try:
+        return parse_trace(text) == trace
+    except TraceError:
+        return False

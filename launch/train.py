@@ -36,8 +36,11 @@ def main() -> int:
     if config.method == "replay":
         stream = replay_stream(config.replay.dir, shuffle=config.replay.shuffle, seed=config.seed)
     else:
-        weights = config.data.slice_weights or None
-        stream = make_stream(config.data.dir, "train", seed=config.seed, slice_weights=weights)
+        d = config.data
+        stream = make_stream(
+            d.dir, "train", seed=config.seed, slice_weights=d.slice_weights or None,
+            curriculum=d.curriculum, bucket=d.bucket, batch_size=d.prompts_per_step,
+        )  # fmt: skip
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
 
     from srl_jax.train import NotReproduced, train  # the accelerator stack, only once everything else is right

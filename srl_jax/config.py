@@ -91,6 +91,8 @@ class DataConfig(Section):
     max_prompt_tokens: int = number(1024, at_least=1)  # longer prompts are dropped and counted
     few_shot: int = number(0, at_least=0)  # worked examples shown before the task
     slice_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # empty: every slice alike
+    curriculum: float = number(0.0, at_least=0, at_most=1)  # first epoch: 0 shuffled, 1 strictly easy and short first
+    bucket: int = number(1, at_least=1)  # steps drawn together and sorted by length, so that a step pads less
 
 
 @dataclasses.dataclass
@@ -414,9 +416,7 @@ def _validate_control(config: TrainConfig) -> None:
         if value and not config.grpo.kl_coef:
             raise ConfigError(f"control.{name}", value, "moves lambda by factors, so grpo.kl_coef must be above 0")
     if control.kl_stop and control.kl_stop <= control.kl_target:
-        raise ConfigError(
-            "control.kl_stop", control.kl_stop, f"must be above control.kl_target = {control.kl_target}"
-        )
+        raise ConfigError("control.kl_stop", control.kl_stop, f"must be above control.kl_target = {control.kl_target}")
     chooses = control.patience or control.keep_best
     if chooses and not evaluation.every:
         raise ConfigError("eval.every", 0, "must be above 0 where control.patience or control.keep_best is set")

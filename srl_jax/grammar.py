@@ -180,11 +180,7 @@ def _to_device(tables: TokenTables, vocab_size: int | None) -> TokenAutomaton:
     if padding < 0:
         raise ValueError(f"vocab_size is {vocab_size}, but the tokenizer has {len(tables.kind_of_token)} ids")
     tables = replace(tables, kind_of_token=np.pad(tables.kind_of_token, (0, padding)))  # kind 0 is forbidden
-    arrays = {
-        name: jnp.asarray(value)
-        for name, value in tables.__dict__.items()
-        if name not in ("effects", "scalars")
-    }
+    arrays = {name: jnp.asarray(value) for name, value in tables.__dict__.items() if name not in ("effects", "scalars")}
     effects = {name: jnp.asarray(tables.effects[:, column]) for column, name in enumerate(Effect._fields)}
     start, end, json_cap = map(int, tables.scalars)
     return TokenAutomaton(**arrays, **effects, start_state=start, end_state=end, json_cap=json_cap)
@@ -260,10 +256,7 @@ def token_room(automaton: TokenAutomaton, state: GrammarState) -> Int[Array, "..
         & (automaton.distance_to_think_end[following] <= think_left)
         & ((needs == 0) | (needs & state.bound[..., None] != 0))
         & (state.brackets[..., None] + automaton.opens[effect] <= MAX_OPENED_BRACKETS)
-        & (
-            (automaton.commas[effect] == 0)
-            | (state.commas[..., None] + automaton.commas[effect] <= MAX_COMMAS)
-        )
+        & ((automaton.commas[effect] == 0) | (state.commas[..., None] + automaton.commas[effect] <= MAX_COMMAS))
     )
     # A closing quote is the one byte of the token that the string left behind does not get.
     leaves = (automaton.string[here] != automaton.string[following]) | (automaton.commas[effect] > 0)
@@ -310,9 +303,7 @@ def advance(automaton: TokenAutomaton, state: GrammarState, token: Int[Array, ".
     effect = automaton.effect[automaton.effect_row[state.state], token_class].astype(jnp.int32)
     size = automaton.bytes_of_kind[kind].astype(jnp.int32)
     in_think = automaton.in_think[state.state]
-    stays_in_string = (automaton.string[state.state] == automaton.string[following]) & (
-        automaton.commas[effect] == 0
-    )
+    stays_in_string = (automaton.string[state.state] == automaton.string[following]) & (automaton.commas[effect] == 0)
     same_list = automaton.list[state.state] == automaton.list[following]
     return GrammarState(
         state=following,

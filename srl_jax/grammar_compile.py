@@ -101,9 +101,7 @@ def trace_tables(tokenizer: Tokenizer, config: GrammarConfig, cache_dir: Path) -
     if tables is None:
         automaton = build_trace_automaton(config, atomic_tags=bool(tokenizer.tag_ids))
         tables = compile_tokens(automaton, token_symbols(tokenizer), tokenizer.eos_id)
-        with contextlib.suppress(
-            OSError
-        ):  # a cache that cannot be written only costs the next start a second
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start a second
             tables.save(path)
     return tables
 
@@ -153,9 +151,7 @@ def compile_tokens(
     distance = solver.distance(end, in_think, think_end)
     start = int(renumber[automaton.start])
     if distance[start] >= UNREACHABLE:
-        raise ValueError(
-            "this vocabulary cannot spell a trace: it lacks single-byte tokens for JSON punctuation"
-        )
+        raise ValueError("this vocabulary cannot spell a trace: it lacks single-byte tokens for JSON punctuation")
     string = np.array([place.string for place in places])
     need = solver.string_need(distance, string, least_bytes)
 
@@ -166,9 +162,7 @@ def compile_tokens(
     outside = distance[(distance < UNREACHABLE) & ~in_think].max()
     json_cap = json_limit - int(token_bytes.max()) * (int(outside) + 2)
     if json_cap < json_limit // 8:
-        raise ValueError(
-            f"tokens of {token_bytes.max()} bytes leave no room under the limit of the JSON blocks"
-        )
+        raise ValueError(f"tokens of {token_bytes.max()} bytes leave no room under the limit of the JSON blocks")
     return TokenTables(
         kind_of_token=kind_of_token.ravel()[1:].astype(np.int16),
         class_of_kind=kinds[:, 0].astype(np.int16),
@@ -297,9 +291,7 @@ def _merge_columns(
 class _Solver:
     """Distances over the token graph, using only tokens that the registers can never forbid."""
 
-    def __init__(
-        self, next_state: np.ndarray, effect: np.ndarray, effects: list[Effect], expects: np.ndarray
-    ):
+    def __init__(self, next_state: np.ndarray, effect: np.ndarray, effects: list[Effect], expects: np.ndarray):
         self.next_state = next_state
         needs = np.array([what.needs for what in effects])
         grows = np.array([what.opens > 0 or what.commas > 0 for what in effects])
@@ -308,9 +300,7 @@ class _Solver:
         self.certain = self.safe & (self.needs == 0)
         # Where one of several names is known to be bound, every single one must leave a way.
         self.games = [
-            (state, [1 << bit for bit in range(31) if mask >> bit & 1])
-            for state, mask in enumerate(expects)
-            if mask
+            (state, [1 << bit for bit in range(31) if mask >> bit & 1]) for state, mask in enumerate(expects) if mask
         ]
 
     def worst(self, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:

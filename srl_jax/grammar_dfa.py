@@ -193,9 +193,7 @@ class _Builder:
                 self.edge(node, '"', then)
         return nodes[""]
 
-    def machine(
-        self, start: Hashable, step: Step, place_of: Callable[[Hashable], Place]
-    ) -> dict[Hashable, int]:
+    def machine(self, start: Hashable, step: Step, place_of: Callable[[Hashable], Place]) -> dict[Hashable, int]:
         """All states of a machine over characters, with their edges; returns the state numbers."""
         ids = {start: self.state(place_of(start))}
         pending = [start]
@@ -211,9 +209,7 @@ class _Builder:
             for code in range(0x80):
                 if found := step(state, chr(code)):
                     self.edge(ids[state], code, number(found[0]), found[1])
-            self._utf8(
-                ids[state], place_of(state), {kind: step(state, kind) for kind in (SPACE, OTHER)}, number
-            )
+            self._utf8(ids[state], place_of(state), {kind: step(state, kind) for kind in (SPACE, OTHER)}, number)
         return ids
 
     def _utf8(self, source: int, place: Place, found: dict, number: Callable[[Hashable], int]) -> None:

@@ -214,9 +214,7 @@ def pattern_string(names: dict[int, Names]) -> StringMachine:
         after, effect = ended(state)
         return None if after in ("blank", "bare") else effect
 
-    return StringMachine(
-        start="blank", step=step, close=close, escape=lambda state: _before_escape(*ended(state))
-    )
+    return StringMachine(start="blank", step=step, close=close, escape=lambda state: _before_escape(*ended(state)))
 
 
 def _ends_in_letter(progress: Hashable) -> bool:

@@ -76,9 +76,7 @@ class Plan:
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a pytree of (abstract) arrays on one device, each cut as its sharding says."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_limit() -> int:

@@ -15,7 +15,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,11 +24,11 @@ import numpy as np
 from srl_jax.trace import ACTION_SCHEMA, LANGUAGES, StateUpdate, TraceError, parse_trace, render_trace, strict_json
 
 # A changed action schema changes what a stored trace means, so it is part of the record's version.
-SCHEMA_VERSION = f"srl-record/1+{ACTION_SCHEMA}"
+SCHEMA_VERSION = f"srl-record/2+{ACTION_SCHEMA}"
 EMBEDDING_DIM = 384  # all-MiniLM-L6-v2
 
 _MAX_RECORD_BYTES = 256 * 1024 * 1024
-_MAX_RECORD_DEPTH = 64
+_MAX_FREE_DEPTH = 60  # of the one field whose shape is free, env_report
 _NORM_TOLERANCE = 1e-3
 _LOGPROB_TOLERANCE = 1e-3  # a forced token's log-softmax may round just above 0
 
@@ -65,11 +65,22 @@ class TestSpec:
 
 
 @dataclass(frozen=True)
+class EpisodeStep:
+    """Where a task stands in a longer episode: `step` of `steps`, counted from 1."""
+
+    episode_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Task:
     """One step to solve.
 
     `files` is the whole small repository including tests, `context` the excerpts shown in the prompt, `expected` the
     changed files after the right edit. `slice` is what balances and splits reports (a language, or synthetic).
+    In an episode `files` are what the step before left and `prior_state` is the state it ended with; a task of its own
+    has no `episode`.
     """
 
     task_id: str
@@ -78,12 +89,13 @@ class Task:
     slice: str
     rule: str
     difficulty: int
-    source: Literal["generated", "real"]
+    source: Literal["generated", "real", "user"]
     files: tuple[SourceFile, ...]
     context: tuple[SourceFile, ...]
     prior_state: StateUpdate
     tests: TestSpec | None
     expected: tuple[SourceFile, ...]
+    episode: EpisodeStep | None = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +190,21 @@ def decode_record(data: bytes) -> TeacherRecord:
     return record
 
 
+def task_to_json(task: Task) -> dict[str, Any]:
+    """A task as plain JSON data, for files that are not records; raises `CorruptRecord` for one that is none."""
+    return _to_json(task, Task, "task", {})
+
+
+def task_from_json(value: Any) -> Task:
+    """The inverse of `task_to_json`; raises `CorruptRecord`."""
+    return _reader(Task)(value, (None, "task"), {})
+
+
 def encode_replay(group: ReplayGroup) -> bytes:
-    """The group's canonical bytes; raises `CorruptRecord`, in particular for one without log-probs."""
-    if group.sampler_logprobs is None:
-        raise CorruptRecord("sampler_logprobs are missing; a group without them cannot be trained on: sample again")
+    """The group's canonical bytes; raises `CorruptRecord`, in particular for one without log-probs or states."""
+    for name, values in {"sampler_logprobs": group.sampler_logprobs, "grammar_states": group.grammar_states}.items():
+        if values is None:
+            raise CorruptRecord(f"{name} are missing; a group without them cannot be trained on: sample again")
     data = _encode("replay", group)
     _check_replay_group(group)
     return data
@@ -200,6 +223,8 @@ def _check_teacher_record(record: TeacherRecord) -> None:
         raise CorruptRecord(f"task.language is {task.language!r}; must be one of {', '.join(LANGUAGES)}")
     if task.difficulty < 1:
         raise CorruptRecord(f"task.difficulty is {task.difficulty}; must be 1 or more")
+    if task.episode is not None and not 1 <= task.episode.step <= task.episode.steps:
+        raise CorruptRecord(f"task.episode.step is {task.episode.step}; must lie in 1 .. {task.episode.steps}")
     if not 0 <= record.trace_quality <= 1:
         raise CorruptRecord(f"trace_quality is {record.trace_quality}; must lie in [0, 1]")
     norm = float(np.linalg.norm(np.asarray(record.think_embedding, np.float64)))  # float32 squares overflow
@@ -228,7 +253,7 @@ def _check_schema(versions: Versions) -> None:
     if versions.schema != SCHEMA_VERSION:
         raise CorruptRecord(
             f"versions.schema is {versions.schema!r}, this program reads {SCHEMA_VERSION!r}; "
-            "rebuild the data set from its raw teacher output"
+            "run launch/prepare_data.py migrate --out=<its folder>"
         )
 
 
@@ -244,7 +269,7 @@ def _encode(kind: str, record: Any) -> bytes:
 def _decode(kind: str, cls: type, data: bytes) -> Any:
     try:
         text = data.decode("utf-8")
-        value = strict_json(text, max_bytes=_MAX_RECORD_BYTES, max_depth=_MAX_RECORD_DEPTH)
+        value = strict_json(text, max_bytes=_MAX_RECORD_BYTES, max_depth=None)
     except (UnicodeDecodeError, TraceError) as error:
         raise CorruptRecord(f"not a record: {error}; the file is damaged, prepare the data again") from error
     if not isinstance(value, dict) or value.keys() != {"kind", "record"}:
@@ -255,7 +280,7 @@ def _decode(kind: str, cls: type, data: bytes) -> Any:
     versions = value["record"].get("versions") if isinstance(value["record"], dict) else None
     if isinstance(versions, dict) and isinstance(versions.get("schema"), str):
         _check_schema(Versions(versions["schema"], "", ""))
-    return _from_json(value["record"], cls, "", {})
+    return _reader(cls)(value["record"], None, {})
 
 
 @functools.cache
@@ -269,9 +294,7 @@ def _to_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
         if not isinstance(value, kind):
             raise CorruptRecord(f"{path or 'record'} is a {type(value).__name__}, must be {kind.__name__}")
         fields = vars(value)
-        return {
-            name: _to_json(fields[name], hint, _join(path, name), sizes) for name, hint in _hints(kind).items()
-        }
+        return {name: _to_json(fields[name], hint, _join(path, name), sizes) for name, hint in _hints(kind).items()}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _array_to_json(value, arguments[1], path, sizes)
@@ -286,29 +309,61 @@ def _to_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
     return _plain(value, kind, path)
 
 
-def _from_json(value: Any, kind: Any, path: str, sizes: dict[str, int]) -> Any:
-    """The inverse of `_to_json`."""
+# Where in a record a value stands: (the place of its parent, its name or index). Only errors spell it out.
+Place = tuple["Place | None", str | int]
+Reader = Callable[[Any, "Place | None", dict[str, int]], Any]
+
+
+def _spelled(place: Place | None) -> str:
+    if place is None:
+        return ""
+    parent, name = place
+    return f"{_spelled(parent)}[{name}]" if isinstance(name, int) else _join(_spelled(parent), name)
+
+
+@functools.cache
+def _reader(kind: Any) -> Reader:
+    """The inverse of `_to_json` for values annotated `kind`, its branches taken once instead of at every record."""
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise CorruptRecord(f"{path or 'record'} must be an object, not {type(value).__name__}")
-        hints = _hints(kind)
-        if value.keys() != hints.keys():
-            odd = min(value.keys() ^ hints.keys())
-            state = "unknown" if odd in value else "missing"
-            raise CorruptRecord(f"{_join(path, odd[:40])} is {state}; the record was made by another version")
-        return kind(
-            **{name: _from_json(value[name], hint, _join(path, name), sizes) for name, hint in hints.items()}
-        )
+        return _object_reader(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _array_from_json(value, arguments[1], path, sizes)
+        return lambda value, place, sizes: _array_from_json(value, arguments[1], _spelled(place), sizes)
     if origin is types.UnionType:
-        return None if value is None else _from_json(value, arguments[0], path, sizes)
+        inner = _reader(arguments[0])
+        return lambda value, place, sizes: None if value is None else inner(value, place, sizes)
     if origin is tuple:
+        return _list_reader(arguments[0])
+    if kind is str or kind is int or kind is bool:
+        return lambda value, place, _: value if type(value) is kind else _plain(value, kind, _spelled(place))
+    return lambda value, place, _: _plain(value, kind, _spelled(place))
+
+
+def _object_reader(cls: type) -> Reader:
+    readers = {name: _reader(hint) for name, hint in _hints(cls).items()}
+
+    def read(value: Any, place: Place | None, sizes: dict[str, int]) -> Any:
+        if not isinstance(value, dict):
+            raise CorruptRecord(f"{_spelled(place) or 'record'} must be an object, not {type(value).__name__}")
+        if value.keys() != readers.keys():
+            odd = min(value.keys() ^ readers.keys())
+            state = "unknown" if odd in value else "missing"
+            where = _spelled((place, odd[:40]))
+            raise CorruptRecord(f"{where} is {state}; the record was made by another version")
+        return cls(*[reader(value[name], (place, name), sizes) for name, reader in readers.items()])
+
+    return read
+
+
+def _list_reader(kind: Any) -> Reader:
+    item_reader = _reader(kind)
+
+    def read(value: Any, place: Place | None, sizes: dict[str, int]) -> Any:
         if not isinstance(value, list):
-            raise CorruptRecord(f"{path} must be a list, not {type(value).__name__}")
-        return tuple(_from_json(item, arguments[0], f"{path}[{i}]", sizes) for i, item in enumerate(value))
-    return _plain(value, kind, path)
+            raise CorruptRecord(f"{_spelled(place)} must be a list, not {type(value).__name__}")
+        return tuple([item_reader(item, (place, i), sizes) for i, item in enumerate(value)])
+
+    return read
 
 
 def _plain(value: Any, kind: Any, path: str) -> Any:
@@ -320,12 +375,24 @@ def _plain(value: Any, kind: Any, path: str) -> Any:
     if typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise CorruptRecord(f"{path} must be an object with string keys")
+        if _deeper_than(value, _MAX_FREE_DEPTH):
+            raise CorruptRecord(f"{path} is nested more than {_MAX_FREE_DEPTH} deep")
         return dict(value)
     if type(value) is not kind:  # exact: True is not an int here, nor 1 a float
         raise CorruptRecord(f"{path} is a {type(value).__name__}, must be {kind.__name__}")
     if kind is float and not math.isfinite(value):
         raise CorruptRecord(f"{path} is {value}; must be finite")
     return value
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels + 1):
+        items = [item for part in layer for item in (part.values() if isinstance(part, Mapping) else part)]
+        layer = [item for item in items if isinstance(item, Mapping | list | tuple)]
+        if not layer:
+            return False
+    return True
 
 
 def _array_to_json(value: Any, layout: Layout, path: str, sizes: dict[str, int]) -> Any:
@@ -351,7 +418,7 @@ def _array_from_json(value: Any, layout: Layout, path: str, sizes: dict[str, int
         raise CorruptRecord(f"{path}.shape must be a list of sizes")
     _check_shape(tuple(shape), layout.shape, path, sizes)
     try:
-        raw = base64.b64decode(value["data"], validate=True)
+        raw = binascii.a2b_base64(value["data"], strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise CorruptRecord(f"{path}.data is not base64: {error}") from error
     if len(raw) != math.prod(shape) * wanted.itemsize:

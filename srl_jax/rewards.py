@@ -280,9 +280,7 @@ def _best_total(ours: Sequence[str], theirs: Sequence[str], floor: float) -> flo
     return math.fsum(likeness[linear_sum_assignment(likeness, maximize=True)])
 
 
-def _constraint_similarity(
-    ours: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]]
-) -> float:
+def _constraint_similarity(ours: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]]) -> float:
     total = 0.0
     for name in sorted(ours.keys() & theirs.keys()):
         shared = ours[name].keys() & theirs[name].keys()  # at most one of regex, kind

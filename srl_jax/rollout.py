@@ -254,9 +254,7 @@ def _weigh(
     exact = c.kl_estimator == "exact" and c.kl_placement == "reward"
     scores = None
     if exact or c.importance_cap:
-        scores = current_scores(
-            student.decoder, student.params, lora, student.automaton, batch, settings=settings
-        )
+        scores = current_scores(student.decoder, student.params, lora, student.automaton, batch, settings=settings)
     sampled = used.valid.shape[1] - c.teacher_in_group
     if exact:
         rows = (-1, arrays["mask"].shape[-1])

@@ -60,9 +60,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
         batch, metrics = collect_traces(student, records, config)
         settings = sft_settings(config, settings)
     elif config.method == "replay":
-        batch, metrics = collect_replay(
-            student, run.state.lora, records, step, config, settings, kl_coef=coefficient
-        )
+        batch, metrics = collect_replay(student, run.state.lora, records, step, config, settings, kl_coef=coefficient)
         work.scored += 2 * flops.positions(batch)
     else:
         key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
@@ -100,9 +98,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
     return Step(metrics, _histograms(rollout))
 
 
-def _update(
-    run: Run, batch: TrainBatch, settings: StepSettings, kl_coef: float, passes: int
-) -> dict[str, float]:
+def _update(run: Run, batch: TrainBatch, settings: StepSettings, kl_coef: float, passes: int) -> dict[str, float]:
     """Every update of one batch; scalars are means over them, `skipped` whether any was, the gap the first one's."""
     student = run.student
     shared = {"decoder": student.decoder, "optimizer": run.optimizer, "settings": settings}

@@ -108,9 +108,7 @@ class Tokenizer:
             the bytes 0xF1 and 0xF2; its encoder drops what needs them).
         """
         if not (trace_text.startswith(TAGS[0]) and trace_text.endswith(STOP)):
-            raise ValueError(
-                f"a canonical trace starts with {TAGS[0]} and ends with {STOP}: {trace_text[:80]!r}"
-            )
+            raise ValueError(f"a canonical trace starts with {TAGS[0]} and ends with {STOP}: {trace_text[:80]!r}")
         ids = self.encode(trace_text)
         if self.decode(ids) != trace_text:
             raise ValueError(f"this vocabulary cannot spell the trace {trace_text[:200]!r}")
@@ -267,9 +265,7 @@ def _load_directory(path: Path, atomic_tags: bool) -> Tokenizer:
         raise TokenizerError(f"{config_file}: eos_token is {eos_token!r}; name the token that ends a text")
     pad_token = names.get("pad_token")
     pad_id = None if pad_token is None else backend.token_to_id(pad_token)
-    return Tokenizer(
-        backend, eos_id=eos_id, pad_id=eos_id if pad_id is None else pad_id, atomic_tags=atomic_tags
-    )
+    return Tokenizer(backend, eos_id=eos_id, pad_id=eos_id if pad_id is None else pad_id, atomic_tags=atomic_tags)
 
 
 # How llama.cpp's names of pre-tokenizers are spelled in `tokenizers`. "smollm" splits digits one by one
@@ -401,6 +397,5 @@ def render_prompt(task: Task, *, few_shot: int = 1, chat: bool = True) -> str:
     ChatML, ending with the opened assistant turn; with `chat=False` plain text turns for other vocabularies.
     """
     return "".join(
-        piece if isinstance(piece, str) else piece.text
-        for piece in prompt_pieces(task, few_shot=few_shot, chat=chat)
+        piece if isinstance(piece, str) else piece.text for piece in prompt_pieces(task, few_shot=few_shot, chat=chat)
     )

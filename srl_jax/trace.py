@@ -12,6 +12,7 @@ language's syntax tree is decided by ast-grep itself, in the sandbox.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ MAX_JSON_DEPTH = 8
 
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # The closing quote is optional so that an unterminated string is swallowed to the end: linear, never a retry.
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NAME = r"[A-Z_][A-Z0-9_]*"
 # ast-grep takes only a whole identifier as a metavariable in a pattern (`x$A` and `$Abc` are not) ...
 _PATTERN_METAVARIABLE = re.compile(rf"(?<![\w$])(\${{1,3}})({_NAME})(?!\w)")
@@ -188,9 +190,7 @@ def parse_state(json_text: str) -> StateUpdate:
     """Reads the JSON of a `<state_update>` block; raises `TraceError`."""
     block = "state_update"
     value = _read_block(json_text, block, required=STATE_FIELDS)
-    lists = [
-        _strings(value[name], name, block, 0, MAX_STATE_ITEMS, MAX_STATE_ITEM_CHARS) for name in STATE_FIELDS
-    ]
+    lists = [_strings(value[name], name, block, 0, MAX_STATE_ITEMS, MAX_STATE_ITEM_CHARS) for name in STATE_FIELDS]
     return StateUpdate(*lists)
 
 
@@ -206,10 +206,11 @@ def render_state(state: StateUpdate) -> str:
     )
 
 
-def strict_json(text: str, *, max_bytes: int, max_depth: int, block: str | None = None) -> Any:
+def strict_json(text: str, *, max_bytes: int, max_depth: int | None, block: str | None = None) -> Any:
     """`json.loads` without its leniencies: no duplicate keys, NaN, Infinity or lone surrogates.
 
-    Size (UTF-8 bytes) and nesting are bounded before anything recursive runs. Raises `TraceError`.
+    Size (UTF-8 bytes) and nesting are bounded before anything recursive runs; without `max_depth` the interpreter's
+    own limit on recursion bounds the nesting. Raises `TraceError`.
     """
     try:
         size = len(text.encode("utf-8"))
@@ -217,30 +218,40 @@ def strict_json(text: str, *, max_bytes: int, max_depth: int, block: str | None 
         raise TraceError(Rejection.LONE_SURROGATE, block, block=block) from None
     if size > max_bytes:
         raise TraceError(Rejection.TOO_LARGE, block, f"{size} bytes of JSON, at most {max_bytes}", block)
-    if (depth := _bracket_depth(_JSON_STRING.sub("", text), "[{", "]}")) > max_depth:
+    # There are at least as many brackets as levels, so most texts need no closer look.
+    limit = math.inf if max_depth is None else max_depth
+    brackets = text.count("[") + text.count("{")
+    if brackets > limit and (depth := _bracket_depth(_JSON_STRING.sub("", text), "[{", "]}")) > limit:
         raise TraceError(Rejection.TOO_DEEP, block, f"nested {depth} deep, at most {max_depth}", block)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise TraceError(Rejection.DUPLICATE_KEY, block, f"{twice[:40]!r} appears twice", block)
-        return value
-
-    def refuse_constant(name: str) -> Any:
-        raise TraceError(Rejection.NOT_FINITE, block, f"{name} is not JSON", block)
-
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-    except TraceError:
-        raise
+        value = _DECODER.decode(text)
+    except TraceError as error:
+        raise TraceError(error.rejection, block, error.detail, block) from None
+    except RecursionError:
+        raise TraceError(Rejection.TOO_DEEP, block, "nested too deep to be read", block) from None
     except ValueError as error:  # JSONDecodeError, and int() refusing thousands of digits
         raise TraceError(Rejection.BAD_JSON, block, str(error), block) from None
     # An escaped half of a pair ("\\ud800") is ASCII in the source and only shows once decoded.
-    if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if _ESCAPED_SURROGATE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise TraceError(Rejection.LONE_SURROGATE, block, block=block)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise TraceError(Rejection.DUPLICATE_KEY, None, f"{twice[:40]!r} appears twice")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise TraceError(Rejection.NOT_FINITE, None, f"{name} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _split_blocks(text: str) -> tuple[str, str, str]:
@@ -281,9 +292,7 @@ def _stray(text: str, tag: str) -> TraceError:
     return TraceError(Rejection.STRAY_TEXT, tag, f"{text[:40]!r} before {tag}")
 
 
-def _read_block(
-    json_text: str, block: str, required: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, Any]:
+def _read_block(json_text: str, block: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     value = strict_json(json_text, max_bytes=MAX_JSON_BYTES, max_depth=MAX_JSON_DEPTH, block=block)
     if not isinstance(value, dict):
         raise _violation(block, f"must be a JSON object, not {type(value).__name__}", block)
@@ -294,14 +303,10 @@ def _read_block(
     for key in required:
         if key not in value:
             raise _violation(key, "is required", block)
-    if _contains_tag(value):
+    # Between a trace's tags the raw text holds none, so only an escape such as \u003c or \/ can have written one.
+    if ("\\" in json_text or "<" in json_text) and _TAG.search(json.dumps(value, ensure_ascii=False)):
         raise TraceError(Rejection.TAG_IN_BLOCK, block, "a string holds tag text", block)
     return value
-
-
-def _contains_tag(value: Any) -> bool:
-    # The raw text holds no tag, so only an escape such as \u003c can have written one.
-    return bool(_TAG.search(json.dumps(value, ensure_ascii=False)))
 
 
 def _check_pattern(pattern: str) -> None:
@@ -381,4 +386,4 @@ def _bracket_depth(text: str, opening: str, closing: str) -> int:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)

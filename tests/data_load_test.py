@@ -9,7 +9,7 @@ import pytest
 from array_record.python import array_record_module
 
 from data_pipeline.errors import DataError
-from data_pipeline.load import make_loader, make_stream, read_sample, read_split, verify
+from data_pipeline.load import benchmark, make_loader, make_stream, read_sample, read_split, verify
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
 from data_pipeline.teacher import OracleTeacher
@@ -110,9 +110,55 @@ def test_batches_are_lists_and_one_pass_ends(data):
     assert ids(next(loader)) == following
 
 
+def test_a_stream_ordered_in_every_way_resumes_and_splits_over_hosts(data):
+    options = {"seed": 2, "curriculum": 0.7, "bucket": 2, "batch_size": 4}
+    whole = ids(islice(make_stream(data, "train", **{**options, "batch_size": 8}), 64))
+    hosts = [make_stream(data, "train", **options, host=host, hosts=2) for host in range(2)]
+    parts = [ids(islice(stream, 12)) for stream in hosts]
+    state = json.loads(json.dumps(hosts[1].get_state()))
+    rest = ids(islice(hosts[1], 20))
+    again = make_stream(data, "train", **options, host=1, hosts=2)
+    again.set_state(state)
+    assert ids(islice(again, 20)) == rest
+    for batch in range(3):
+        assert sorted(parts[0][4 * batch :][:4] + parts[1][4 * batch :][:4]) == sorted(whole[8 * batch :][:8])
+
+
+def test_lengths_are_known_without_reading_records(data, records):
+    path = sorted((data / "train").glob("javascript-generated-*.index.npy"))[0]
+    rows = np.load(path)
+    assert rows.dtype == np.int32 and rows.shape == (6, 2)
+    for (difficulty, length), row in zip(rows, records["javascript/generated"], strict=True):
+        assert difficulty == row.task.difficulty and length > len(row.trace) + len(row.task.instruction)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match=rf"{path} is missing or damaged"):
+        make_stream(data, "train", seed=0, curriculum=1.0)
+    next(make_stream(data, "train", seed=0))  # a plain shuffle does not need it
+    with pytest.raises(DataError, match="differs from the manifest"):
+        verify(data)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"curriculum": 1.5}, r"curriculum is 1\.5; must lie between 0"),
+        ({"bucket": 0}, "bucket is 0; must be a whole number"),
+        ({"hosts": 2, "host": 2}, "host is 2; must be one of 0 to 1"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(data, wrong, message):
+    with pytest.raises(DataError, match=message):
+        make_stream(data, "train", seed=0, **wrong)
+
+
+def test_the_benchmark_counts_records(data):
+    measured = benchmark(data, records=50)
+    assert measured["records"] == 50 and measured["records_per_second"] > 0
+
+
 def replace_one_record(data, payload):
     """Rewrites the first python shard with its third record replaced by `payload`, keeping the manifest true."""
-    path = sorted((data / "train").glob("python-generated-*"))[0]
+    path = sorted((data / "train").glob("python-generated-*.arrayrecord"))[0]
     reader = array_record_module.ArrayRecordReader(str(path))
     rows = [reader.read([index])[0] for index in range(reader.num_records())]
     reader.close()
@@ -144,7 +190,7 @@ def test_too_many_bad_records_stop_the_run(data):
 
 
 def test_a_flipped_byte_in_a_shard_costs_its_record_only(data, caplog):
-    path = sorted((data / "train").glob("python-generated-*"))[0]
+    path = sorted((data / "train").glob("python-generated-*.arrayrecord"))[0]
     raw = bytearray(path.read_bytes())
     raw[500] ^= 0xFF
     path.write_bytes(bytes(raw))
@@ -165,7 +211,7 @@ def test_a_damaged_data_set_is_one_clear_error(data, tmp_path):
         make_stream(data, "train", seed=0, slice_weights={"java/real": 1.0})
     with pytest.raises(DataError, match="one more than 0"):
         make_stream(data, "train", seed=0, slice_weights={"python/generated": 0.0})
-    path = sorted((data / "train").glob("python-generated-*"))[1]
+    path = sorted((data / "train").glob("python-generated-*.arrayrecord"))[1]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=rf"{path} has {len(whole) // 2} bytes instead of {len(whole)}"):

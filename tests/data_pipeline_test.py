@@ -7,28 +7,29 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.collect_traces import Collector
 from data_pipeline.config import DataSetConfig
 from data_pipeline.config import validate as validate_config
 from data_pipeline.errors import DataError
 from data_pipeline.load import read_manifest, read_split, verify
 from data_pipeline.offers import quotas
-from data_pipeline.pipeline import ATTEMPTS, prepare, retried
+from data_pipeline.pipeline import prepare
 from data_pipeline.quality import agreement, length_score, trace_quality
 from data_pipeline.splits import SPLITS
 from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
-from data_pipeline.tasks.real import enclosing_function, real_draft, source_files
-from data_pipeline.tasks.state import advance, draw_prior
-from data_pipeline.teacher import OracleTeacher
+from data_pipeline.tasks.real import enclosing_function, find_files, read_files, real_draft
+from data_pipeline.tasks.state import advance, draw_prior, for_test_code
+from data_pipeline.teacher import NoAnswer, OracleTeacher, TeacherMix
 from data_pipeline.validate import Drop, validate
 from data_pipeline.write import begin
 from srl_jax.embedding import load_embedder
 from srl_jax.records import SourceFile
-from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig
 from srl_jax.trace import Action, StateUpdate, Trace, parse_trace, render_trace
 
@@ -63,6 +64,11 @@ def test_a_drawn_state_makes_the_edit_the_next_thing_to_do():
     assert 40 < len(closed) < 140
 
 
+def test_a_task_that_edits_tests_does_not_promise_to_leave_them():
+    prior = StateUpdate((), ("tests stay as they are", "no new imports"), ("a",), ("b",))
+    assert for_test_code(prior) == StateUpdate((), ("small diff", "no new imports"), ("a",), ("b",))
+
+
 # ------------------------------------------------------------------------------------------------- validation
 
 
@@ -91,7 +97,7 @@ def test_every_wrong_step_is_dropped_for_its_own_reason(sandbox):
     draft, text = step()
     task = draft.task
     assert reason_of(sandbox, draft, "no trace") == "malformed:missing_tag"
-    assert reason_of(sandbox, draft, text.replace("</think>\n", "</think>\n\n")) == Drop.NOT_CANONICAL
+    assert reason_of(sandbox, draft, text.replace("</think>\n", "</think>\n\n").replace('","', '", "')) is None
     assert reason_of(sandbox, draft, text, max_trace=100) == Drop.TOO_LONG
     assert reason_of(sandbox, draft, with_action(text, pattern="nobody($X)", replacement="$X")) == "action:no_match"
     wide = with_action(text, pattern=f"$M.{draft.names['verb']}_{draft.names['noun']}($K)", replacement="None")
@@ -185,9 +191,23 @@ def test_odd_files_are_passed_over(tmp_path):
     (tmp_path / "dangling.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "other.js").write_text("var x = 1;\n")
-    assert list(source_files([tmp_path], "python", random.Random(0), 10)) == [("pkg/good.py", "x = 1\n")]
-    assert list(source_files([tmp_path], "python", random.Random(0), 0)) == []
-    assert list(source_files([], "python", random.Random(0), 10)) == []
+    (tmp_path / "huge.py").write_bytes(b"x")
+    os.truncate(tmp_path / "huge.py", 50 << 20)  # sparse, and never read
+    (tmp_path / "empty").mkdir()
+    files = find_files([tmp_path], "python")
+    found = [(file.repository, file.path, text) for file, text in read_files(files, random.Random(0), 10)]
+    assert found == [("pkg", "pkg/good.py", "x = 1\n")]
+    assert list(read_files(files, random.Random(0), 0)) == [] == find_files([], "python")
+    assert find_files([tmp_path / "empty"], "python") == []  # an empty repository
+
+
+def test_a_long_path_is_passed_over_or_shown_by_its_end(tmp_path):
+    for path in ("lang/src/main/java/org/apache/lang/Strings.java", "@scope/name/A.java", f"lang/{'L' * 40}.java"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("class A {}\n")
+    assert [file.path for file in find_files([tmp_path], "java")] == ["@scope/name/A.java"]
+    found = [(file.repository, file.path) for file in find_files([tmp_path], "java", shorten=True)]
+    assert found == [("@scope/name", "@scope/name/A.java"), ("lang", "org/apache/lang/Strings.java")]
 
 
 # ------------------------------------------------------------------------------------------------ whole builds
@@ -234,30 +254,59 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(tmp_path, embed
     assert {record.trace for record in read_split(tmp_path / "a", "train")} <= {line["text"] for line in raw}
 
 
-class Rubbish:
+class Rubbish(OracleTeacher):
     """A teacher that answers the tasks of some rules with nothing of use."""
 
-    name = "rubbish/1"
+    name = version = "rubbish/1"
 
     def write(self, draft):
-        return OracleTeacher().write(draft) if len(draft.task.rule) % 2 else "As a language model,"
+        return super().write(draft) if len(draft.task.rule) % 2 else "As a language model,"
+
+
+class Silent(OracleTeacher):
+    """A teacher that answers about every other task only."""
+
+    name = version = "silent/1"
+
+    def answer(self, draft):
+        if zlib.crc32(draft.task.rule.encode()) % 2:
+            raise NoAnswer(self.name, "http_500", attempts=3, prompt_tokens=9, wasted_tokens=1, cost_usd=0.5)
+        return super().answer(draft)
+
+
+def of(teacher):
+    return Collector(TeacherMix([teacher], [1.0]))
 
 
 def test_a_bad_teacher_is_counted_and_its_output_kept(tmp_path, embedder):
-    manifest = prepare(
-        small(tmp_path, real_share=0.0, train=4, dev=0, test=0), tmp_path / "a", teacher=Rubbish(), embedder=embedder
-    )
+    config = small(tmp_path, real_share=0.0, train=4, dev=0, test=0)
+    manifest = prepare(config, tmp_path / "a", collector=of(Rubbish()), embedder=embedder)
     dropped = manifest["rejections"]["python/generated"]["malformed:missing_tag"]
     kept = manifest["splits"]["train"]["slices"]["python/generated"]["records"]
     assert kept == 4 and manifest["raw"][0]["records"] == kept + dropped and manifest["teacher"] == "rubbish/1"
+
+
+def test_a_task_without_an_answer_is_counted_with_what_it_cost(tmp_path, embedder, caplog):
+    config = small(tmp_path, real_share=0.0, train=4, dev=0, test=0)
+    prepare(config, tmp_path / "a", embedder=embedder)
+    manifest = prepare(config, tmp_path / "a", collector=of(Silent()), embedder=embedder)
+    failed = manifest["rejections"]["python/generated"]["no_answer:http_500"]
+    assert failed > 0 and manifest["spending"]["silent/1"]["failures"] == failed
+    assert manifest["spending"]["silent/1"]["cost_usd"] == 0.5 * failed
+    assert manifest["teachers"]["silent/1"] == {"kind": "oracle"}
+    lines = gzip.decompress((tmp_path / "a" / "raw" / "train.jsonl.gz").read_bytes()).decode().splitlines()
+    raw = [json.loads(line) for line in lines]
+    assert [line["text"] for line in raw if line["rejected"] == "no_answer:http_500"] == [""] * failed
+    judged = {row["teacher"]: row["judged"] for row in manifest["tally"]}
+    assert judged == {"silent/1": len(raw)}
 
 
 class Interrupted(Exception):
     pass
 
 
-class Interrupting:
-    name = "interrupting/1"
+class Interrupting(OracleTeacher):
+    name = version = "interrupting/1"
 
     def write(self, draft):
         raise Interrupted
@@ -269,7 +318,7 @@ def test_an_interrupted_build_leaves_the_old_data_set_and_starts_again(tmp_path,
     before = tree(tmp_path / "a")
     for target in ("a", "new"):
         with pytest.raises(Interrupted):
-            prepare(config, tmp_path / target, teacher=Interrupting(), embedder=embedder)
+            prepare(config, tmp_path / target, collector=of(Interrupting()), embedder=embedder)
     assert tree(tmp_path / "a") == before
     with pytest.raises(DataError, match="not a data set"):
         read_manifest(tmp_path / "new")
@@ -320,21 +369,6 @@ def test_the_launch_file_ends_mistakes_in_one_line(tmp_path):
     assert foreign.returncode == 2 and "holds no data set" in foreign.stderr.splitlines()[-1]
     assert launch("--config.trian=3", f"--out={tmp_path}/x").returncode != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt"]
-
-
-def test_a_crash_of_the_sandbox_is_retried_and_at_last_raised():
-    outcomes = iter([SandboxCrash("killed"), SandboxCrash("killed"), "fine"])
-
-    def action():
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    assert ATTEMPTS == 3 and retried(action) == "fine"
-    outcomes = iter([SandboxCrash(str(number)) for number in range(9)])
-    with pytest.raises(SandboxCrash, match="2"):
-        retried(action)
 
 
 def test_quotas_add_up():

@@ -38,9 +38,7 @@ def perturbed(lora: dict, scale: float = 0.05, seed: int = 9) -> dict:
     return jax.tree_util.tree_map_with_path(noise, lora)
 
 
-def teacher_record(
-    number: int = 0, slice_name: str = "python/generated", tests: str | None = None
-) -> TeacherRecord:
+def teacher_record(number: int = 0, slice_name: str = "python/generated", tests: str | None = None) -> TeacherRecord:
     """A complete record of a renaming task; `number` makes it a task of its own, `tests` names a runner it needs."""
     old, new = f"fetch_{number}", f"load_{number}"
     before, after = f"rows = {old}(table)\n", f"rows = {new}(table)\n"

@@ -66,20 +66,36 @@ def test_rows_do_not_see_each_other_nor_padding():
     assert np.any(before[4] != after[4])
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 2), (4, 1, 1)], ids=["data", "fsdp x tensor", "too many"])
-def test_devices_work_on_their_own_rows_and_heads(axes):
+def _on_mesh(axes):
+    """Gradients without a mesh and on one of `axes`, and the compiled forward and backward passes there."""
     mesh = sharding.make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))])
     arguments, weights = _problem()
-    results = []
+    results, texts = [], []
     for mesh_or_none in (None, mesh):
         form = partial(_flash, kernel="xla", mesh=mesh_or_none)
         run = jax.jit(lambda arguments, form=form: jax.vjp(form, *arguments)[1](weights))
         results.append(jax.block_until_ready(run(arguments)))
-        if mesh_or_none is not None:
-            text = run.lower(arguments).compile().as_text()
-            assert not re.findall(r"all-reduce\(", text)
+        forward = jax.jit(lambda arguments, form=form: form(*arguments))
+        texts = [jitted.lower(arguments).compile().as_text() for jitted in (forward, run)]
+    return results, texts
+
+
+def _assert_same(results):
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 2)], ids=["data", "fsdp x tensor"])
+def test_devices_work_on_their_own_rows_and_heads(axes):
+    results, texts = _on_mesh(axes)
+    assert not [text for text in texts if re.findall(r"all-reduce\(", text)]
+    _assert_same(results)
+
+
+def test_prompts_that_are_too_few_for_the_devices_are_done_by_each():
+    results, (forward, _) = _on_mesh((4, 1, 1))
+    assert not re.findall(r"all-reduce\(", forward)
+    _assert_same(results)
 
 
 def test_the_decoder_gives_kernels_what_they_need(monkeypatch):

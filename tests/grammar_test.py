@@ -148,9 +148,7 @@ ORACLES = [
         files=("src/**/*.{tsx,jsx}", "a/..b"),
     ),
     text_of(pattern="$A == None", replacement="$A is None", constraints={"A": {"kind": "identifier"}}),
-    text_of(
-        pattern="$X + $B + $A", replacement="", constraints={"A": {"regex": "^[^n]"}, "X": {"kind": "string"}}
-    ),
+    text_of(pattern="$X + $B + $A", replacement="", constraints={"A": {"regex": "^[^n]"}, "X": {"kind": "string"}}),
     text_of(language="java", pattern="$$WHAT; $_; $UNKNOWN", replacement="$5 ${x} $x $$ 100$"),
     text_of(language="typescript", state=StateUpdate(("a",) * 16, ("b c",), (), (" ", '\t"\\/', "é"))),
     text_of(pattern="<T", replacement="</", files=("...", "a b", "*")),
@@ -266,9 +264,7 @@ def narrowed(trace: Trace) -> bool:
     action = trace.action
     bound = set()
     # In a pattern a name ends before a non-ASCII character as it does before a letter.
-    for sigil, name in re.findall(
-        r"(?<![\w$])(\${1,3})([A-Z_][A-Z0-9_]*)(?![\w\x80-\U0010ffff])", action.pattern
-    ):
+    for sigil, name in re.findall(r"(?<![\w$])(\${1,3})([A-Z_][A-Z0-9_]*)(?![\w\x80-\U0010ffff])", action.pattern):
         before = action.pattern
         names = {"$": CONFIG.single_names, "$$$": CONFIG.multi_names}.get(sigil, ())
         if name in names and any(
@@ -285,8 +281,7 @@ def narrowed(trace: Trace) -> bool:
         or sum(map(action.pattern.count, "([{")) > 64
         or any(re.search(r'[\x00-\x1f"<]', glob) or glob[0].isspace() for glob in action.files)
         or any(
-            ord(c) < 0x20 and c not in "\n\r\t\b\f"
-            for c in action.pattern + action.replacement + "".join(action.files)
+            ord(c) < 0x20 and c not in "\n\r\t\b\f" for c in action.pattern + action.replacement + "".join(action.files)
         )
         or bool(re.search(r"<state_u|<//+(think|action)>", re.sub("|".join(TAGS), "", text)))
     )

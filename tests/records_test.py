@@ -148,6 +148,8 @@ def edit(data, path, value):
         ("task.source", "dreamt", r"task\.source is 'dreamt'"),
         ("task.source", None, r"task\.source is None"),
         ("task.tests", {"runner": "unittest"}, r"task\.tests\.expected_ids is missing"),
+        ("task.episode", {"episode_id": "e", "step": 1}, r"task\.episode\.steps is missing"),
+        ("task.episode", {"episode_id": "e", "step": 3, "steps": 2}, r"task\.episode\.step is 3; must lie in 1 \.\. 2"),
         ("task.prior_state", None, r"task\.prior_state must be an object"),
         ("task.prior_state.decisions", [1], r"task\.prior_state\.decisions\[0\] is a int"),
         ("trace_quality", 1, "trace_quality is a int"),
@@ -195,8 +197,8 @@ def test_bytes_that_are_no_teacher_record(data):
 
 
 def test_another_version_is_named_even_when_its_fields_differ():
-    data = edit(edit(encode_record(make_record()), "teacher", ...), "versions.schema", "srl-record/2")
-    with pytest.raises(CorruptRecord, match="'srl-record/2', this program reads"):
+    data = edit(edit(encode_record(make_record()), "teacher", ...), "versions.schema", "srl-record/1")
+    with pytest.raises(CorruptRecord, match="'srl-record/1', this program reads"):
         decode_record(data)
 
 
@@ -249,9 +251,7 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 @given(st.lists(st.builds(SourceFile, text, text), max_size=3), text, st.floats(0, 1), st.integers(1, 2**70))
 def test_round_trip_property(files, instruction, quality, difficulty):
-    task = dataclasses.replace(
-        make_record().task, files=tuple(files), instruction=instruction, difficulty=difficulty
-    )
+    task = dataclasses.replace(make_record().task, files=tuple(files), instruction=instruction, difficulty=difficulty)
     record = make_record(task=task, trace_quality=quality)
     assert decode_record(encode_record(record)).task == task
     assert decode_record(encode_record(record)) == record

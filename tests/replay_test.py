@@ -56,9 +56,7 @@ def stored(student, live):
 
 def collect(student, lora, groups, config=None, step=7):
     config = config or replay_config()
-    return collect_replay(
-        student, lora, itertools.cycle(groups), step, config, step_settings(config), kl_coef=0.3
-    )
+    return collect_replay(student, lora, itertools.cycle(groups), step, config, step_settings(config), kl_coef=0.3)
 
 
 def test_stored_and_read_back_a_step_is_the_same_batch(student, lora, live, stored):

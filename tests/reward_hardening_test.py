@@ -55,9 +55,7 @@ LOGGER = Case(
         "print writes to stdout, so send these calls to the module logger instead; match a single argument so that "
         "calls with several arguments stay.",
         Action("python", "print($MSG)", "logging.info($MSG)", ("src/app.py",)),
-        StateUpdate(
-            ("replace print by logger.info",), ("keep the public interface",), (), ("run the tests of app",)
-        ),
+        StateUpdate(("replace print by logger.info",), ("keep the public interface",), (), ("run the tests of app",)),
     ),
     keywords="print logger info module stdout calls match argument several alone route level",
     source="import sys\ndef main(path):\n    print(path)\n    print(1, 2)\n    f(path)\n    g()\n    x = f(path, 1)\n",
@@ -130,8 +128,6 @@ def with_state(trace, **changes):
 
 def repeat(text, times):
     return " ".join([text] * times)
-
-
 
 
 def junk(number):

@@ -134,9 +134,7 @@ def test_a_crash_of_the_infrastructure_is_retried_then_masked_out_of_the_group(s
     stream = CountingStream()
     config, reward = with_grpo(dynamic_sampling_min_std=0.0), RewardConfig(execution=0.2)
     sandbox = FailingSandbox(next(CountingStream()))
-    with RewardService(
-        HashEmbedder(), len, reward=reward, sandbox=sandbox, config=ServiceConfig(retries=1)
-    ) as service:
+    with RewardService(HashEmbedder(), len, reward=reward, sandbox=sandbox, config=ServiceConfig(retries=1)) as service:
         batch, metrics, drawn = collect(student, lora, service, config, stream)
         counts = service.counts
     assert metrics["unscored"] == counts["unscored"] == G, "never 0 or -0.2: no reward at all"

@@ -22,7 +22,7 @@ from srl_jax.sandbox.hosting import open_host
 from srl_jax.sandbox.service import RewardService, ScoreRequest
 from srl_jax.sandbox.wire import Contract, RemoteError
 from srl_jax.trace import parse_trace, render_trace
-from tests.fakes import HashEmbedder, teacher_record
+from tests.sandbox_soak import WordEmbedder, record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
@@ -32,10 +32,13 @@ CONTRACT = Contract("tokenizer", RewardConfig())
 
 
 class QuickHost:
-    """A host without tokenizer and sandbox, which take long to open; the last test has the real one."""
+    """A host without tokenizer and sandbox, which take long to open; the last test has the real one.
+
+    It imports no JAX either (tests.fakes would), since each actor is a process that imports this module.
+    """
 
     def __init__(self, config):
-        self._service = RewardService(HashEmbedder(), lambda text: len(text.split()))
+        self._service = RewardService(WordEmbedder(), lambda text: len(text.split()))
         self._slow = Path(config.data.dir)
 
     def about(self):
@@ -66,14 +69,14 @@ def config(tmp_path):
 def items(count=4):
     found = []
     for number in range(count):
-        record = teacher_record(number)
-        other = render_trace(dataclasses.replace(parse_trace(record.trace), think=f"another thought {number}"))
-        found += [ScoreRequest(text, record) for text in (record.trace, other, "malformed", "\ud800 lone")]
+        task = record(number)
+        other = render_trace(dataclasses.replace(parse_trace(task.trace), think=f"another thought {number}"))
+        found += [ScoreRequest(text, task) for text in (task.trace, other, "malformed", "\ud800 lone")]
     return found
 
 
 def test_the_same_as_here(config):
-    with RewardService(HashEmbedder(), lambda text: len(text.split())) as local:
+    with RewardService(WordEmbedder(), lambda text: len(text.split())) as local:
         expected = local.score(items())
     with Cluster(config, hosts=2, host=QuickHost) as cluster:
         assert cluster.connect(CONTRACT) == {"unittest"}, "what only one host has is not the cluster's"
@@ -99,7 +102,7 @@ def test_a_host_that_dies_in_mid_batch_loses_nothing(config, tmp_path):
         (tmp_path / "slow").unlink()
         scores = future.result(90)
         assert service.counts["retries"] > 0
-    with RewardService(HashEmbedder(), lambda text: len(text.split())) as local:
+    with RewardService(WordEmbedder(), lambda text: len(text.split())) as local:
         assert scores == local.score(items())
 
 
@@ -115,11 +118,11 @@ def test_a_real_host_executes(config):
         contract, isolation = here.contract, here.isolation
     with Cluster(config, hosts=1) as cluster:
         assert "unittest" in cluster.connect(contract)
-        record = teacher_record(0)
+        task = record(0)
         answers = []
         service = cluster.service(execute=True)
         threads = [
-            threading.Thread(target=lambda: answers.extend(service.score([ScoreRequest(record.trace, record)])))
+            threading.Thread(target=lambda: answers.extend(service.score([ScoreRequest(task.trace, task)])))
             for _ in range(2)
         ]
         for thread in threads:

@@ -43,6 +43,14 @@ def cmdline(process: Path) -> str:
         return ""
 
 
+def let_others_in(path: Path, mode: int) -> None:
+    """Gives a test's private folder, and those of pytest's above it, a mode that other users can pass."""
+    for folder in (path, *path.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(mode)
+
+
 class TestFilter:
     """The program, run by a classic BPF interpreter written from the kernel's documentation."""
 
@@ -141,8 +149,7 @@ class TestProbe:
         assert self.weaken(monkeypatch, share) == "start"
 
     def test_writable_host(self, monkeypatch, tmp_path):
-        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            parent.chmod(0o777)
+        let_others_in(tmp_path, 0o777)
         assert self.weaken(monkeypatch, lambda o: [*o, "--bind", str(tmp_path), "/etc"]) == "write outside"
 
     def test_environment_leak(self, monkeypatch):
@@ -167,8 +174,7 @@ class TestProbe:
         fake = tmp_path / "bwrap"
         fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
         fake.chmod(0o755)
-        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            parent.chmod(0o755)
+        let_others_in(tmp_path, 0o755)
         toolchain = dataclasses.replace(find_toolchain(), bwrap_candidates=(fake,))
         with pytest.raises(SandboxUnavailable, match="uid map: Permission denied") as refused:
             open_jail(toolchain)
@@ -225,8 +231,7 @@ class TestRefusal:
 
 class TestStaging:
     def test_an_interpreter_out_of_reach_is_staged_once(self, monkeypatch, tmp_path):
-        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            parent.chmod(0o755)
+        let_others_in(tmp_path, 0o755)
         monkeypatch.setenv("SRL_JAX_SANDBOX_CACHE", str(tmp_path / "cache"))
         name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         private = tmp_path / "private"
@@ -260,8 +265,7 @@ class TestStaging:
         ours = f"Python {sys.version_info[0]}.{sys.version_info[1]}."
         if not reachable or version is None or not version.stdout.startswith(ours):
             pytest.skip("no interpreter of this version that an ordinary user can reach")
-        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            parent.chmod(0o755)
+        let_others_in(tmp_path, 0o755)
         home = tmp_path / "home"
         home.mkdir()
         os.chown(home, 1234, 1234)

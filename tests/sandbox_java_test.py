@@ -79,7 +79,7 @@ def test_before_the_edit_one_fails_and_says_why(sandbox):
 
 
 def test_a_repository_that_does_not_compile_fails_whole(sandbox):
-    outcome = sandbox.run_tests({**FILES, "app/Other.java": "class Other { int x = \"text\"; }\n"}, SPEC)
+    outcome = sandbox.run_tests({**FILES, "app/Other.java": 'class Other { int x = "text"; }\n'}, SPEC)
     assert (outcome.ended, outcome.passed, outcome.failed) == ("finished", (), ("tests/ShopTest.java",))
     assert "incompatible types" in outcome.output
 
@@ -102,7 +102,7 @@ def held(name, body):
     """A test that passes when `body` throws, and fails with ESCAPED when it comes to its end."""
     return (
         f"public void test{name}() throws Throwable {{\n    try {{ {body} }}\n"
-        f"    catch (Exception | Error held) {{ return; }}\n    throw new AssertionError(\"ESCAPED\");\n}}"
+        f'    catch (Exception | Error held) {{ return; }}\n    throw new AssertionError("ESCAPED");\n}}'
     )
 
 
@@ -142,7 +142,7 @@ def test_an_attack_that_gets_through_would_be_seen(sandbox):
 
 
 def test_what_never_ends_is_stopped():
-    with Sandbox(SandboxConfig(test_limits=Limits(wall_s=20.0, cpu_s=8))) as hasty:
+    with Sandbox(SandboxConfig(test_limits=Limits(wall_s=8.0, cpu_s=3))) as hasty:
         outcome = run(hasty, "public void testX() { while (true); }")
     assert outcome.ended in ("timeout", "cut")
     assert outcome.passed == ()

@@ -90,7 +90,7 @@ def test_a_run_can_be_repeated_by_its_directory(whole, tmp_path):
 
 
 def test_updates_that_stay_broken_end_the_run_and_it_goes_on_afterwards(tmp_path, monkeypatch):
-    config = small(control__max_broken_updates=2)
+    config = small(control__max_broken_updates=2, grpo__dynamic_sampling_min_std=0.0)
     real = steps.train_step
 
     def poisoned(state, params, automaton, batch, *rest, **options):

@@ -104,9 +104,7 @@ NASTY = [
 
 
 # SmolLM2 has no tokens for some control characters and for the lead bytes of planes 4 to 11.
-SPELLABLE = st.text(
-    st.characters(min_codepoint=0x20, max_codepoint=0x3FFFF, exclude_categories=["Cs"]), max_size=4
-)
+SPELLABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x3FFFF, exclude_categories=["Cs"]), max_size=4)
 
 
 @given(st.lists(st.one_of(st.sampled_from(NASTY), SPELLABLE)).map("".join))
@@ -172,9 +170,7 @@ def test_existing_tag_tokens_keep_their_ids(tmp_path):
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     backend.add_tokens(["<think>", "</think>"])
     backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}'
-    )
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
     tokenizer = load_tokenizer(tmp_path)
     size = backend.get_vocab_size()
     assert tokenizer.tag_ids == (size - 2, size - 1, size, size + 1, size + 2, size + 3)
@@ -254,9 +250,7 @@ def test_examples_are_canonical_traces(language):
 
 def test_prompt_is_short(smollm2):
     """A 400-character excerpt with one worked example costs the excerpt, the task and about 190 tokens."""
-    excerpt = ("def load(user, db):\n    rows = old_save(user)\n    return [r.name for r in rows]\n\n\n" * 6)[
-        :400
-    ]
+    excerpt = ("def load(user, db):\n    rows = old_save(user)\n    return [r.name for r in rows]\n\n\n" * 6)[:400]
     one_shot = smollm2.encode_prompt(task(context=(SourceFile("src/app.py", excerpt),)))
     assert len(one_shot) <= 380, len(one_shot)
 

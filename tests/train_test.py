@@ -42,7 +42,9 @@ def data(tmp_path_factory):
 def start(data: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # One device, as on a user's machine; the compiled programs come from the cache of the runs before.
-    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    environment["XLA_FLAGS"] = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]
+    ).strip()
     settings = {
         "steps": STEPS, "data.dir": data, "data.prompts_per_step": 2, "data.max_prompt_tokens": 320,
         "sampling.max_new_tokens": 64, "sampling.max_think_tokens": 8, "grpo.max_extra_rollouts": 1,

@@ -1,6 +1,9 @@
 """The catalogue: every rewrite rule the project knows, by language and theme."""
 
 from data_pipeline.tasks import (
+    java_calls,
+    java_guards,
+    java_idioms,
     javascript_calls,
     javascript_cleanup,
     javascript_guards,
@@ -11,6 +14,8 @@ from data_pipeline.tasks import (
     python_guards,
     python_idioms,
     python_types,
+    typescript_calls,
+    typescript_types,
 )
 from data_pipeline.tasks.rule import Rule
 
@@ -25,6 +30,11 @@ CATALOGUE: tuple[Rule, ...] = (
     *javascript_idioms.RULES,
     *javascript_guards.RULES,
     *javascript_cleanup.RULES,
+    *typescript_types.RULES,
+    *typescript_calls.RULES,
+    *java_calls.RULES,
+    *java_idioms.RULES,
+    *java_guards.RULES,
 )
 
 

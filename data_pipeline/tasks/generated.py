@@ -3,14 +3,18 @@
 import ast
 import random
 import re
+from collections.abc import Sequence
 
+from data_pipeline.syntax import parse_python
 from data_pipeline.tasks.rule import Draft, Rule, before_and_after, fill
 from data_pipeline.tasks.state import draw_prior
 from data_pipeline.tasks.vocabulary import draw
 from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import SourceFile, Task, TestSpec
 
+RUNNERS = {"python": "unittest", "javascript": "node", "java": "java"}
 _NODE_TEST = re.compile(r'^test\("([^"]+)"', re.MULTILINE)
+_JAVA_TEST = re.compile(r"public void (test\w+)\(")
 
 
 def sentence(phrase: str) -> str:
@@ -48,14 +52,19 @@ def generate(rule: Rule, index: int, seed: int, max_excerpt: int) -> Draft:
         files=(*before, *tests),
         context=(SourceFile(before[0].path, shown),),
         prior_state=draw_prior(rng, before[0].path),
-        tests=TestSpec(
-            runner="unittest" if rule.language == "python" else "node",
-            expected_ids=tuple(test_id for test in tests for test_id in _test_ids(rule.language, test)),
-            files=tuple(test.path for test in tests),
-        ),
+        tests=test_spec(rule.language, tests) if tests else None,
         expected=tuple(expected),
     )
     return Draft(task, rule, names, fill(rng.choice(rule.think), names), fill(rule.keep, names))
+
+
+def test_spec(language: str, tests: Sequence[SourceFile]) -> TestSpec:
+    """What must pass: every test in these files."""
+    return TestSpec(
+        runner=RUNNERS[language],
+        expected_ids=tuple(test_id for test in tests for test_id in _test_ids(language, test)),
+        files=tuple(test.path for test in tests),
+    )
 
 
 def _test_ids(language: str, test: SourceFile) -> list[str]:
@@ -64,9 +73,10 @@ def _test_ids(language: str, test: SourceFile) -> list[str]:
         module = test.path.removesuffix(".py").replace("/", ".")
         return [
             f"{module}.{cls.name}.{method.name}"
-            for cls in ast.parse(test.text).body
+            for cls in parse_python(test.text).body
             if isinstance(cls, ast.ClassDef)
             for method in cls.body
             if isinstance(method, ast.FunctionDef) and method.name.startswith("test_")
         ]
-    return [f"{test.path}::{name}" for name in _NODE_TEST.findall(test.text)]
+    named = _JAVA_TEST if language == "java" else _NODE_TEST
+    return [f"{test.path}::{name}" for name in named.findall(test.text)]

@@ -6,12 +6,14 @@ import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+from data_pipeline.syntax import parse_python
 from data_pipeline.tasks.generated import sentence
 from data_pipeline.tasks.rule import Draft, Rule, fill
-from data_pipeline.tasks.state import draw_prior
+from data_pipeline.tasks.state import draw_prior, for_test_code
 from srl_jax.excerpt import excerpt, first_change
 from srl_jax.records import SourceFile, Task
 from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status
@@ -29,40 +31,75 @@ _FOREIGN = {"__pycache__", "site-packages", "dist-packages"}
 Apply = Callable[[Action, Mapping[str, str]], EngineResult]
 
 
+@dataclass(frozen=True)
+class RealFile:
+    """One file of real code: the repository it belongs to, the path that prompts show, and where it lies."""
+
+    repository: str
+    path: str
+    place: Path
+
+
 def default_roots(language: str) -> list[Path]:
     """Directories that usually hold code of `language` on this machine; empty when there are none."""
     if language == "python":
         candidates = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")]
-    else:
+    elif language == "javascript":
         candidates = list(NODE_ROOTS)
+    else:
+        candidates = []
     return [Path(root) for root in candidates if Path(root).is_dir()]
 
 
-def source_files(roots: Sequence[Path], language: str, rng: random.Random, limit: int) -> Iterator[tuple[str, str]]:
-    """At most `limit` (path, text) pairs in an order drawn by `rng`; paths are relative to the root or package folder.
+def find_files(roots: Sequence[Path], language: str, *, shorten: bool = False) -> list[RealFile]:
+    """The files of `language` below `roots`, by path; paths are relative to the root or package folder.
 
-    Hidden folders, symbolic links, files over 20 kB, paths over `MAX_PATH_CHARS`, and files that are not UTF-8 or have
-    Windows line ends are passed over.
+    Hidden folders and symbolic links to folders are not entered. A path over `MAX_PATH_CHARS` is passed over, or
+    shown by its last parts if `shorten`; of two files shown alike the first is taken. A file's repository is its first
+    folder, `@scope/name` for scoped packages.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, RealFile] = {}
     for root in roots:
         for folder, folders, names in os.walk(root, followlinks=False):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _FOREIGN)
-            for name in names:
-                path = Path(folder, name)
+            for name in sorted(names):
+                place = Path(folder, name)
+                if place.suffix not in EXTENSIONS[language]:
+                    continue
                 # A nested node_modules is where that package really lives.
-                shown = path.relative_to(root).as_posix().rpartition("node_modules/")[2]
-                if path.suffix in EXTENSIONS[language] and len(shown) <= MAX_PATH_CHARS:
-                    found.setdefault(shown, path)
-    order = sorted(found)
+                path = place.relative_to(root).as_posix().rpartition("node_modules/")[2]
+                parts = path.split("/")
+                repository = "/".join(parts[:2] if path.startswith("@") else parts[:1])
+                shown = _last_parts(parts) if shorten else path
+                if len(shown) <= MAX_PATH_CHARS:
+                    found.setdefault(shown, RealFile(repository, shown, place))
+    return [found[path] for path in sorted(found)]
+
+
+def _last_parts(parts: Sequence[str]) -> str:
+    """As many of the last parts of a path as fit into `MAX_PATH_CHARS`, at least one."""
+    kept = parts[-1]
+    for part in reversed(parts[:-1]):
+        if len(part) + 1 + len(kept) > MAX_PATH_CHARS:
+            break
+        kept = f"{part}/{kept}"
+    return kept
+
+
+def read_files(files: Sequence[RealFile], rng: random.Random, limit: int) -> Iterator[tuple[RealFile, str]]:
+    """At most `limit` files with their texts, in an order drawn by `rng`.
+
+    Links, files over 20 kB, and files that are not UTF-8 or have Windows line ends are passed over.
+    """
+    order = list(files)
     rng.shuffle(order)
-    for shown in order:
+    for file in order:
         if limit == 0:
             return
-        text = _read(found[shown])
+        text = _read(file.place)
         if text is not None:
             limit -= 1
-            yield shown, text
+            yield file, text
 
 
 def _read(path: Path) -> str | None:
@@ -79,7 +116,7 @@ def _read(path: Path) -> str | None:
 def enclosing_function(text: str, line: int) -> str | None:
     """The innermost Python function around 1-based `line`, dedented to stand alone; None if there is none."""
     try:
-        tree = ast.parse(text)
+        tree = parse_python(text)
     except (SyntaxError, ValueError, RecursionError):
         return None
     best: ast.FunctionDef | ast.AsyncFunctionDef | None = None
@@ -97,7 +134,7 @@ def enclosing_function(text: str, line: int) -> str | None:
 
 def _parses(text: str) -> bool:
     try:
-        ast.parse(text)
+        parse_python(text)
     except (SyntaxError, ValueError, RecursionError):
         return False
     return True
@@ -135,9 +172,11 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
     if not shown:
         return "long_line"
     keep = rule.keep if "«" not in rule.keep else "keep other calls"
+    instruction = f"{sentence(rng.choice(rule.instructions))} {sentence(keep)}"
+    prior = draw_prior(rng, path)
     task = Task(
         task_id=f"{rule.name}/real/{index:05d}",
-        instruction=f"{sentence(rng.choice(rule.instructions))} {sentence(keep)}",
+        instruction=instruction,
         language=rule.language,
         slice=f"{rule.language}/real",
         rule=rule.name,
@@ -145,7 +184,7 @@ def real_draft(rule: Rule, path: str, text: str, index: int, seed: int, apply: A
         source="real",
         files=(SourceFile(path, text),),
         context=(SourceFile(path, shown),),
-        prior_state=draw_prior(rng, path),
+        prior_state=for_test_code(prior) if "test" in path.lower() else prior,
         tests=None,
         expected=(SourceFile(path, after),),
     )

@@ -43,12 +43,15 @@ class Scene:
 
     The first source is the one to rewrite and the one the prompt shows. `tests` fail before the rewrite, pass
     after it, and fail after `overbroad`, a (pattern, replacement) that takes the neighbouring call along
-    ("" when the rule has no plausible wider pattern).
+    ("" when the rule has no plausible wider pattern). Without `tests` only the expected files decide: what
+    differs in types alone cannot be executed. `stands_before` is False where the sources do not compile before the
+    rewrite, which in a compiled language breaks every test of the repository.
     """
 
     sources: Mapping[str, str]
     tests: Mapping[str, str]
     overbroad: tuple[str, str] | tuple[()] = ()
+    stands_before: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Draft:
-    """A task together with what only its author knows: the rule, its names, and the words for the trace."""
+    """A task together with what only its author knows: the rule, its names, and the words for the trace.
+
+    A user's task has no rule: its author is not the catalogue.
+    """
 
     task: Task
-    rule: Rule
+    rule: Rule | None
     names: Mapping[str, str]
     think: str
     keep: str

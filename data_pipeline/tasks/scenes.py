@@ -21,6 +21,16 @@ def node_test_file(imports: str, **bodies: str) -> str:
     return head + "".join(cases)
 
 
+def java_test_file(name: str, imports: str, members: str, **bodies: str) -> str:
+    """A Java test class `name`: `imports`, `members`, then one method ``testKeyword`` per keyword with that body."""
+    parts = [members] if members else []
+    parts += [
+        f"public void test{title.capitalize()}() {{\n{indent(body, '    ')}\n}}" for title, body in bodies.items()
+    ]
+    head = f"{imports}\n\n" if imports else ""
+    return f"{head}public class {name} {{\n" + indent("\n\n".join(parts), "    ") + "\n}\n"
+
+
 def python_scene(
     source: str,
     *,
@@ -48,3 +58,28 @@ def javascript_scene(
     imports = f'const {{ {exports} }} = require("./«mod»");\n{setup}'.rstrip()
     tests = {"«mod».test.js": node_test_file(imports, **bodies)}
     return Scene({"«mod».js": text, **(others or {})}, tests, overbroad)
+
+
+def java_scene(
+    members: str,
+    *,
+    imports: str = "",
+    overbroad: tuple[str, str] | tuple[()] = (),
+    others: dict[str, str] | None = None,
+    setup: str = "",
+    stands_before: bool = True,
+    **bodies: str,
+) -> Scene:
+    """A scene of the class «Mod» with the diff body `members`; `setup` are members of its test class.
+
+    Both files begin with `imports`.
+    """
+    head = "".join(f" {line}\n" for line in imports.split("\n") if line) + (" \n" if imports else "")
+    source = f"{head} class «Mod» {{\n" + members.strip("\n") + "\n }\n"
+    tests = {"«Mod»Test.java": java_test_file("«Mod»Test", imports, setup, **bodies)}
+    return Scene({"«Mod».java": source, **(others or {})}, tests, overbroad, stands_before)
+
+
+def typescript_scene(source: str, *, overbroad: tuple[str, str], others: dict[str, str] | None = None) -> Scene:
+    """A one-module scene without tests: types leave no trace at run time, so the expected files alone decide."""
+    return Scene({"«mod».ts": source, **(others or {})}, {}, overbroad)

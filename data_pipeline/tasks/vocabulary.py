@@ -46,8 +46,8 @@ def _distinct(rng: random.Random, pool: Sequence[str], prefix: str, count: int) 
 def draw(rng: random.Random) -> dict[str, str]:
     """One set of names; numbers are distinct positive integers as text.
 
-    ``Noun`` and ``NOUN`` are the noun capitalised and in capitals; ``mod``, ``lib`` and ``other`` are module names that
-    shadow nothing in the standard library; ``n``..``n3`` are numbers of two digits.
+    ``Noun``, ``Mod`` and the like are words capitalised, ``NOUN`` and ``WORD`` in capitals; ``mod``, ``lib`` and
+    ``other`` are module names that shadow nothing in the standard library; ``n``..``n3`` are numbers of two digits.
     """
     names = {
         **_distinct(rng, NOUNS, "noun", 2),
@@ -60,8 +60,8 @@ def draw(rng: random.Random) -> dict[str, str]:
         **_distinct(rng, WORDS, "word", 2),
         **_distinct(rng, [str(number) for number in range(11, 100)], "n", 3),
     }
-    names["Noun"] = names["noun"].capitalize()
-    names["NOUN"] = names["noun"].upper()
-    names["Verb"] = names["verb"].capitalize()
-    names["Verb2"] = names["verb2"].capitalize()
+    for key in ("noun", "noun2", "verb", "verb2", "mod", "lib", "other"):
+        names[key.capitalize()] = names[key].capitalize()
+    for key in ("noun", "word"):
+        names[key.upper()] = names[key].upper()
     return names

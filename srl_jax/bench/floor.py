@@ -54,17 +54,24 @@ def _products(x, up, down):
     return jax.lax.scan(lambda x, weights: ((x @ weights[0]) @ weights[1] * 1e-3, None), x, (up, down))[0]
 
 
+@jax.jit
+def _head(x, head):
+    return jnp.einsum("nd,vd->nv", x, head)
+
+
 def measure(config: ModelConfig, dtype: str, rows: Sequence[int]) -> Machine:
-    """Rates on the default device, the best of five; products are those of the model's own shapes, all layers'."""
+    """Rates on the default device, the best of five; of products the faster of the layers' largest and the head's."""
     layer_bytes = 2 * config.d_model * config.d_ff * jnp.dtype(dtype).itemsize
     layers = max(1, min(config.n_layers, _GEMM_BYTES // layer_bytes))
     up = jnp.full((layers, config.d_model, config.d_ff), 0.01, dtype)
     down = jnp.full((layers, config.d_ff, config.d_model), 0.01, dtype)
-    gemm = {}
+    head, gemm = jnp.full((config.vocab_size, config.d_model), 0.01, dtype), {}
     for n in sorted(set(rows)):
         x = jnp.ones((n, config.d_model), dtype)
         seconds = _best(lambda x=x: _products(x, up, down).block_until_ready())
-        gemm[n] = 4 * n * config.d_model * config.d_ff * layers / seconds
+        of_head = _best(lambda x=x: _head(x, head).block_until_ready())
+        operations = 4 * n * config.d_model * config.d_ff * layers, 2 * n * head.size
+        gemm[n] = max(operations[0] / seconds, operations[1] / of_head)
     return Machine(_READ_BYTES / _read_seconds(), gemm)
 
 

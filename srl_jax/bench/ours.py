@@ -1,5 +1,6 @@
 """This project as it trains: shared prefill, constrained decode loop, prompt-shared reference and update."""
 
+import contextlib
 import time
 from pathlib import Path
 from unittest import mock
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srl_jax import grammar, sharding
+from srl_jax import grammar, sampling, sharding
+from srl_jax.bench.masking import Vocabulary
 from srl_jax.bench.weights import load_model
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
@@ -16,36 +18,58 @@ from srl_jax.model.decoder import Decoder, encode_prompts
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import SamplingConfig, sample
 from srl_jax.student import Student
+from srl_jax.trace import STOP
 from srl_jax.train_step import StepSettings, TrainState, make_optimizer, reference_logprobs, train_step
 
+_RAGGED = 64  # one token in so many ends a row of the ragged variants
 
-def make_student(workload: Workload, directory: Path) -> Student:
+
+def make_student(workload: Workload, directory: Path, *, ragged: bool = False, drafts: int = 0) -> Student:
     tokenizer, config, params = load_model(workload, directory)
     decoder = Decoder(config, workload.lora_rank, float(workload.lora_rank))
-    automaton = grammar.compile_grammar(tokenizer, vocab_size=config.vocab_size)
     # The thought may take all that the shortest rest leaves, so that a row lives to the end of its budget.
-    settings = SamplingConfig(workload.new_tokens, workload.new_tokens - 1)
-    grammar.check_budget(automaton, settings.max_new_tokens, settings.max_think_tokens)
+    settings = SamplingConfig(workload.new_tokens, workload.new_tokens - 1, drafts=drafts)
+    if ragged:
+        spelled = [STOP.encode() if i % _RAGGED == 0 else raw for i, raw in enumerate(tokenizer.token_bytes)]
+        vocabulary = Vocabulary(spelled, tokenizer.tag_ids, tokenizer.eos_id, "ragged")
+        automaton = grammar.free_automaton(vocabulary, vocab_size=config.vocab_size)
+    else:
+        automaton = grammar.compile_grammar(tokenizer, vocab_size=config.vocab_size)
+        grammar.check_budget(automaton, settings.max_new_tokens, settings.max_think_tokens)
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     return Student(decoder, params, tokenizer, automaton, mesh, settings, "")
 
 
-def run(gate: Gate, workload: Workload, directory: Path, *, shared: bool = True, masked: bool = True) -> None:
-    """Options switch one thing off, for the ablation.
+def run(
+    gate: Gate,
+    workload: Workload,
+    directory: Path,
+    *,
+    shared: bool = True,
+    masked: bool = True,
+    compact: bool = True,
+    ragged: bool = False,
+    drafts: int = 0,
+) -> None:
+    """Options change one thing, for the ablation.
 
     `shared=False`: each completion is a group of one, so its prompt is computed for it alone, as peers do; an update
     then takes as many rows at a time as the peers'. `masked=False`: nothing is forbidden, and no mask is made.
+    `ragged=True`: no grammar, and every 64th token of the vocabulary ends its row, so that rows end at different
+    lengths, which is what `compact=False`, no smaller batch for the last rows, is to be compared on. `drafts`: tokens
+    guessed ahead.
     """
     gate.count_compilations()
-    if masked:
-        return _train(gate, workload, directory, shared)
-    everything = lambda automaton, state: jnp.ones((*state.state.shape, *automaton.kind_of_token.shape), bool)
-    with mock.patch.object(grammar, "allowed_tokens", everything):
-        return _train(gate, workload, directory, shared)
+    with contextlib.ExitStack() as changes:
+        if not masked:
+            everything = lambda automaton, state: jnp.ones((*state.state.shape, *automaton.kind_of_token.shape), bool)
+            changes.enter_context(mock.patch.object(grammar, "allowed_tokens", everything))
+        if not compact:
+            changes.enter_context(mock.patch.object(sampling, "_LEAST_ROWS", workload.rows))
+        _train(gate, workload, directory, make_student(workload, directory, ragged=ragged, drafts=drafts), shared)
 
 
-def _train(gate: Gate, workload: Workload, directory: Path, shared: bool) -> None:
-    student = make_student(workload, directory)
+def _train(gate: Gate, workload: Workload, directory: Path, student: Student, shared: bool) -> None:
     repeat, group = (1, workload.group_size) if shared else (workload.group_size, 1)
     prompt_tokens = np.repeat(prompts(workload, directory), repeat, axis=0)
     lengths = np.full(len(prompt_tokens), workload.prompt_tokens, np.int32)

@@ -21,9 +21,13 @@ from srl_jax.evaluation import write_bytes
 from srl_jax.records import TeacherRecord
 
 PARTS = ("workloads", "grammar", "tags", "ablation")
-# Each switches one thing off; how much faster `ours` is than it is what that thing is worth. What other steps of the
-# sampler are worth (compaction) is shown by one more entry here and in `race.SYSTEMS`.
-ABLATIONS = {"unshared": "prompts shared in sampling (rollout) and in the update"}
+# (with, without): how many times as fast the first is as the second is what one thing is worth, alone.
+ABLATIONS = {
+    ("ours", "unshared"): "prompts shared in sampling (rollout) and in the update",
+    ("ragged", "uncompacted"): "a smaller batch for the last rows (rollout), where rows end at random",
+    ("speculating", "ours"): "three tokens guessed ahead by prompt look-up (rollout), untrained model",
+}
+PEERS = ("hf", "trl", "tunix")
 FEW_SHOT = 1
 
 
@@ -41,9 +45,8 @@ class Request:
 
     def check(self) -> None:
         """Raises `ConfigError` for a name that does not exist."""
-        peers = set(SYSTEMS) - {"ours", "unmasked", *ABLATIONS}
         for flag, given, known in (
-            ("parts", self.parts, PARTS), ("workload", self.workloads, WORKLOADS), ("compare", self.compare, peers)
+            ("parts", self.parts, PARTS), ("workload", self.workloads, WORKLOADS), ("compare", self.compare, PEERS)
         ):  # fmt: skip
             for name in given:
                 if name not in known:
@@ -61,10 +64,10 @@ def run(request: Request, say: Callable[[str], None] = print) -> None:
             sections += _workload(request, workload, say)
         if "grammar" in request.parts:
             meaning = "the mask: ours against the same without it"
-            sections += _race(request, workload, "grammar", ["unmasked"], meaning, say)
+            sections += _race(request, workload, "grammar", ["ours", "unmasked"], meaning, say)
         if "ablation" in request.parts:
-            for system, meaning in ABLATIONS.items():
-                sections += _race(request, workload, "ablation", [system], meaning, say)
+            for systems, meaning in ABLATIONS.items():
+                sections += _race(request, workload, "ablation", systems, meaning, say)
     if "grammar" in request.parts:
         rows = WORKLOADS[request.workloads[0]].rows
         title = f"grammar tables of three vocabularies; mask of one step of {rows} rows"
@@ -84,21 +87,21 @@ def _compare_tags(records: list[TeacherRecord]) -> list[dict[str, Any]]:
 
 
 def _race(
-    request: Request, workload: Workload, name: str, others: Sequence[str], title: str, say: Callable[[str], None]
+    request: Request, workload: Workload, name: str, names: Sequence[str], title: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    systems = {system: SYSTEMS[system] for system in ("ours", *others)}
+    """The section of a race of the systems `names`, the first of which is compared with each other."""
+    systems = {system: SYSTEMS[system] for system in names}
     # Who is compared belongs to the name, so that another comparison does not continue this one's rounds.
     stored = race(
-        "-".join([name, *others]), workload, systems, request.out, rounds=request.rounds, commit=commit(), say=say
+        "-".join([name, *names]), workload, systems, request.out, rounds=request.rounds, commit=commit(), say=say
     )
-    shape = dataclasses.asdict(workload)
-    figures = tables.summary(stored, "ours")
-    return [{"section": "race", "title": title, "workload": shape, "figures": figures, "rounds": stored}]
+    section = {"section": "race", "title": title, "workload": dataclasses.asdict(workload), "first": names[0]}
+    return [{**section, "figures": tables.summary(stored, names[0]), "rounds": stored}]
 
 
 def _workload(request: Request, workload: Workload, say: Callable[[str], None]) -> list[dict[str, Any]]:
     title = "ours, grammar on, beside what users would otherwise run, grammar off"
-    sections = _race(request, workload, "workloads", request.compare, title, say)
+    sections = _race(request, workload, "workloads", ["ours", *request.compare], title, say)
     config = read_shape(request.out / "models" / f"{workload.model}-{workload.dtype}")
     rates = _apart(floor.measure, config, workload.dtype, floor.rows_needed(workload))
     say(f"{workload.name}: reads {rates.bandwidth / 1e9:.1f} GB/s, products by rows: {_rates(rates.gemm)} GFLOP/s")
@@ -170,7 +173,7 @@ def page(sections: Sequence[Mapping[str, Any]]) -> str:
             )
             count = len(section["rounds"]["rounds"])
             note = f"{_sentence(section['title'])}; median (least..greatest) of {count} rounds."
-            parts.append(f"{first}\n\n{note}\n\n{tables.race_table(section['figures'], 'ours')}")
+            parts.append(f"{first}\n\n{note}\n\n{tables.race_table(section['figures'], section['first'])}")
         elif section["section"] == "floor":
             rates = f"Reads {section['bandwidth'] / 1e9:.1f} GB/s; products by rows: {_rates(section['gemm'])} GFLOP/s."
             parts.append(f"{rates}\n\n{tables.floor_table(section['floors'], section['ours'])}")

@@ -31,6 +31,9 @@ SYSTEMS: dict[str, System] = {
     "tunix": ("srl_jax.bench.peer_tunix:run", {}),
     "unshared": ("srl_jax.bench.ours:run", {"shared": False}),
     "unmasked": ("srl_jax.bench.ours:run", {"masked": False}),
+    "ragged": ("srl_jax.bench.ours:run", {"ragged": True}),
+    "uncompacted": ("srl_jax.bench.ours:run", {"ragged": True, "compact": False}),
+    "speculating": ("srl_jax.bench.ours:run", {"drafts": 3}),
 }
 
 

@@ -49,9 +49,7 @@ def summary(value: Mapping[str, Any], first: str) -> dict[str, dict[str, Any]]:
         figures: dict[str, Any] = {
             name: dataclasses.asdict(Spread.of([of(turn) for turn in turns])) for name, of in MEASURES.items()
         }
-        both = [
-            (entry[first], entry[system]) for entry in rounds if "failed" not in entry[first] and system != first
-        ]
+        both = [(entry[first], entry[system]) for entry in rounds if "failed" not in entry[first] and system != first]
         if both:
             figures["times_as_fast"] = {
                 part: dataclasses.asdict(Spread.of([(MEASURES[m](a) / MEASURES[m](b)) ** sign for a, b in both]))

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from srl_jax import assets
-from srl_jax.bench.workload import SHAPES, Workload, has_weights
+from srl_jax.bench.workload import Workload, has_weights
+from srl_jax.evaluation import write_json
 from srl_jax.model import export, families, hf
 from srl_jax.model.decoder import Decoder
+from srl_jax.model.shapes import SHAPES
 from srl_jax.student import tag_rows
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
 from srl_jax.trace import TAGS
@@ -28,12 +30,12 @@ def write_model(workload: Workload, directory: Path) -> None:
     source = assets.fetch(_TOKENIZER)
     tokenizer = load_tokenizer(source)
     if workload.model != "smollm2":
-        config = dataclasses.replace(
-            SHAPES[workload.model], vocab_size=max(SHAPES[workload.model].vocab_size, tokenizer.vocab_size)
-        )
-        directory.mkdir(parents=True)
-        (directory / "config.json").write_text(json.dumps({**families.to_hf(config), "dtype": workload.dtype}))
+        shape = SHAPES[workload.model]
+        config = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
+        directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(directory)
+        # Last, and at once: where it stands, the rest is there.
+        write_json(directory / "config.json", {**families.to_hf(config), "dtype": workload.dtype})
         return
     config, params = hf.load_params(source, new_rows=tag_rows(tokenizer))
     params["embedding"] = params["embedding"].at[_think_end(tokenizer)].set(0.0)

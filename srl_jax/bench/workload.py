@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from srl_jax.model import families
 from srl_jax.tokenizer import load_tokenizer
 
 
@@ -13,8 +12,8 @@ from srl_jax.tokenizer import load_tokenizer
 class Workload:
     """P prompts of exactly `prompt_tokens` tokens, G completions each of exactly `new_tokens`.
 
-    `model` is `smollm2` (real weights) or a key of `SHAPES` (random weights of the true shape). LoRA on every linear
-    layer, alpha = rank.
+    `model` is `smollm2` (real weights) or a key of `shapes.SHAPES` (random weights of the true shape). LoRA on every
+    linear layer, alpha = rank.
     """
 
     name: str
@@ -37,14 +36,6 @@ class Workload:
         return self.rows * self.new_tokens
 
 
-SHAPES = {
-    "tiny": families.tiny(0),
-    "0.5b": families.ModelConfig(
-        "qwen2", 151_936, 896, 24, 14, 2, 64, 4864, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True
-    ),
-    "8b": families.ModelConfig("llama", 128_256, 4096, 32, 32, 8, 128, 14_336, rope_theta=5e5, tie_embeddings=False),
-}
-
 WORKLOADS = {
     w.name: w
     for w in (
@@ -52,8 +43,8 @@ WORKLOADS = {
         Workload("w2", 2, 8, 128, 64),
         Workload("w3", 2, 8, 1024, 96),
         Workload("tiny", 2, 2, 32, 64, model="tiny", lora_rank=4, micro_batch=2),
-        Workload("gpu05b", 8, 8, 512, 512, model="0.5b", dtype="bfloat16"),
-        Workload("gpu8b", 8, 8, 512, 256, model="8b", dtype="bfloat16"),
+        Workload("gpu05b", 8, 8, 512, 512, model="qwen2.5-0.5b", dtype="bfloat16"),
+        Workload("gpu8b", 8, 8, 512, 256, model="llama3.1-8b", dtype="bfloat16"),
     )
 }
 

@@ -204,7 +204,8 @@ class Block(nn.Module):
         def seen(distance):
             return None if distance is None else (distance >= 0) & (distance < layer.window)
 
-        if self.attention != "xla" and scene.columns is None:  # a decode step has no scores worth avoiding
+        # A decode step has no scores worth avoiding, and one token alone (variables being shaped) none at all.
+        if self.attention != "xla" and scene.columns is None and t > 1:
             lengths = scene.prefix_lengths
             y = flash_attend(
                 q, k, v, prefix_kv, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh

@@ -30,7 +30,8 @@ class Host:
     """What runs on another machine: `open_host`, kept open for the actor's life."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._host = ExitStack().enter_context(open_host(config))
+        self._stack = ExitStack()  # kept: what it holds is closed when it goes
+        self._host = self._stack.enter_context(open_host(config))
 
     def about(self) -> tuple[Contract, frozenset[str]]:
         """What its scores depend on, and the test runners it has."""

@@ -320,20 +320,19 @@ def _end(process: subprocess.Popen[bytes], init: _Init) -> None:
     bwrap reaps its namespace's init, which the kernel lets die only after every process of the namespace; so init is
     killed, and then bwrap waited for.  Killing bwrap first would leave nobody to wait for.
     """
-    if process.poll() is not None:
-        if process.returncode < 0:
-            _kill_unstarted(process)
-        return
-    if init.pid:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(init.pid, signal.SIGKILL)  # not yet reaped, since bwrap is alive: the number is still its own
-    else:
-        process.kill()  # it never came to start a namespace, or has just ended
-    try:
-        process.wait(_TEARDOWN_S)
-    except subprocess.TimeoutExpired as error:
-        process.kill()
-        raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s") from error
+    if process.poll() is None:
+        if init.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(init.pid, signal.SIGKILL)  # not yet reaped, since bwrap is alive: the number is still its own
+        else:
+            process.kill()  # it never came to say that it has a namespace, or has just ended
+        try:
+            process.wait(_TEARDOWN_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise SandboxCrash(f"the sandbox's processes outlived their kill by {_TEARDOWN_S:.0f} s") from error
+    if process.returncode < 0:
+        _kill_unstarted(process)
 
 
 def _kill_unstarted(process: subprocess.Popen[bytes]) -> None:
