@@ -29,37 +29,29 @@ _GIB = flags.DEFINE_float("device_gib", None, "Memory of one device in GiB; defa
 flags.mark_flags_as_required(["config"])
 
 
-def main() -> int:
-    if not (_DRY_RUN.value or _MEASURE.value):
-        return time_steps()
+def main() -> None:
+    config, out = _CONFIG.value, Path(_OUT.value)
     if _DEVICES.value:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES.value}"
-        )
+        count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    if not (_DRY_RUN.value or _MEASURE.value or _ROW.value):
+        stream = make_stream(config.data.dir, "train", seed=config.seed)
+        from srl_jax.step_profile import profile  # the accelerator stack, only once everything else is right
 
-    from srl_jax import memory, memory_measure  # the accelerator stack, only once flags and environment are right
+        print(profile(config, stream, out, _STEPS.value).table())
+        return
+    from srl_jax import memory, memory_measure
 
-    plan = memory.plan(_CONFIG.value, None if _GIB.value is None else int(_GIB.value * 2**30))
+    plan = memory.plan(config, None if _GIB.value is None else int(_GIB.value * 2**30))
     if not _ROW.value:
         print(plan.table())
         plan.check()
-    measured = memory_measure.measure(_CONFIG.value) if _MEASURE.value else None
+    measured = memory_measure.measure(config) if _MEASURE.value else None
     if _ROW.value:
-        print(memory_measure.row(_CONFIG.value, plan, measured))
+        print(memory_measure.row(config, plan, measured))
     elif measured:
         print(measured.table())
-    return 0
-
-
-def time_steps() -> int:
-    config = _CONFIG.value
-    stream = make_stream(config.data.dir, "train", seed=config.seed)
-
-    from srl_jax.step_profile import profile, table  # the accelerator stack, only once everything else is right
-
-    print(table(profile(config, stream, Path(_OUT.value), _STEPS.value)))
-    return 0
 
 
 if __name__ == "__main__":

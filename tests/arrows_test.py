@@ -27,10 +27,10 @@ ENTRY = {"launch", "srl_jax.cli"}
 UPPER = {
     "srl_jax.train": set(),
     "srl_jax.evaluate": {"srl_jax.train"},
-    "srl_jax.steps": {"srl_jax.train"},
+    "srl_jax.steps": {"srl_jax.train", "srl_jax.step_profile"},
     "srl_jax.rollout": {
         "srl_jax.train", "srl_jax.steps", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft", "srl_jax.replay_step",
-        "srl_jax.bench.ours",
+        "srl_jax.bench.ours", "srl_jax.step_profile",
     },
 }
 # Programs that run inside the sandbox: they act when imported.

@@ -2,8 +2,8 @@
 
 While a step samples the golden tokens, it and all steps before it computed what the golden run did, so its numbers must
 agree. How closely: compiled for AVX2 instead of AVX-512, which sums in another order, the run sampled the same tokens
-twenty steps long and no number was off by more than 6e-7; a thousand times that, relatively, is allowed for what other
-processors may do. One of those may also round a draw to another token. From there on it is another sample of the same
+twenty steps long and no number was off by more than 6e-7; a relative 1e-3 is allowed for what other processors
+may do. One of those may also round a draw to another token. From there on it is another sample of the same
 training, which nothing here can judge; five steps at least must come before.
 
 Replayed, the same arrays are scored by one program more: the numbers differed by 2e-7, the adapters (up to .5) by 3e-6.
