@@ -87,6 +87,10 @@ class Checkpointer:
         """The newest committed step, or None where there is none."""
         return self._manager.latest_step()
 
+    def prepare(self, state: Any) -> None:
+        """Compiles what `save` runs on such a state; otherwise the first save holds the run up for that."""
+        _describe(state)
+
     def save(self, step: int, state: Any, iterator_state: Mapping[str, Any] | bytes) -> None:
         """Starts saving `state` (a pytree of JAX arrays) as `step`; the write itself goes on in the background.
 
