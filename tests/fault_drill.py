@@ -1,9 +1,10 @@
 """What a long run meets, on purpose: `python -m tests.fault_drill --out=/tmp/drill --kills=50`.
 
-A tiny run is killed at random moments (while saving too), meets a full disk, a corrupted newest checkpoint, a batch of
-NaNs, sandbox processes that are killed, and a clock that jumps. After each it goes on with the same command, and its
-end is compared with an undisturbed run's, bit for bit where the fault loses nothing. Prints one line a fault. Exit
-code 1 when any came out otherwise.
+A tiny run is killed at random moments (while starting and while saving too), meets a full disk, a corrupted newest
+checkpoint, batches of NaNs, sandbox processes that are killed, and a clock that jumps. After each it goes on with the
+same command, and its end is compared with an undisturbed run's: every metric but timings, and the checksums of
+adapters, optimiser and RNG, bit for bit where the fault loses nothing. Prints a row of reports/faults.md for each
+fault. Exit code 1 when any came out otherwise.
 """
 
 import argparse
@@ -21,8 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from srl_jax.checkpoint import saved_checksums
+from srl_jax.metrics import is_timing, read_metrics
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
+MOMENTS = ("within a step", "while saving", "while starting")
+TIMEOUT_S = 900  # a run that is not over by then hangs
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Ended:
 
 
 def start(workdir: Path, fault: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRL_DRILL_FAULT": fault}
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": str(ROOT), "SRL_DRILL_FAULT": fault}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla-tests"))
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     command = [sys.executable, "-m", "tests.fault_worker", str(workdir), str(STEPS)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -43,7 +51,12 @@ def start(workdir: Path, fault: str = "") -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], began: float) -> Ended:
-    _, err = process.communicate(timeout=900)
+    with process:
+        try:
+            _, err = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     lines = [line for line in err.splitlines() if line.strip()]
     return Ended(process.returncode, lines[-1][:300] if lines else "", time.monotonic() - began)
 
@@ -58,17 +71,23 @@ def steps_done(workdir: Path) -> int:
     return len(path.read_text().split("\n")) - 1 if path.exists() else 0
 
 
-def final(workdir: Path) -> dict:
-    from srl_jax.checkpoint import saved_checksums
+def wait_for_steps(process: subprocess.Popen[str], workdir: Path, count: int) -> None:
+    while process.poll() is None and steps_done(workdir) < count:
+        time.sleep(0.005)
 
+
+def final(workdir: Path) -> dict:
     return saved_checksums(workdir / "checkpoints")
 
 
-def same_end(workdir: Path, undisturbed: Path) -> str:
-    """Empty where the runs ended alike, otherwise what differs."""
-    from srl_jax.metrics import is_timing, read_metrics
+def told(workdir: Path) -> list[dict]:
+    return [{name: m[name] for name in m if not is_timing(name)} for m in read_metrics(workdir)]
 
-    told = lambda path: [{k: v for k, v in m.items() if not is_timing(k)} for m in read_metrics(path)]
+
+def same_end(ended: Ended, workdir: Path, undisturbed: Path) -> str:
+    """Empty where a run ended as the undisturbed one did, otherwise what differs."""
+    if ended.code:
+        return f"ended with {ended.code}: {ended.said}"
     if final(workdir).get("step") != STEPS:
         return f"ended at step {final(workdir).get('step')}"
     if final(workdir) != final(undisturbed):
@@ -76,62 +95,66 @@ def same_end(workdir: Path, undisturbed: Path) -> str:
     return "" if told(workdir) == told(undisturbed) else "the metrics differ"
 
 
+def saving(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+
 def kills(workdir: Path, undisturbed: Path, count: int, rng: random.Random) -> tuple[str, dict]:
-    """SIGKILL at random moments from the first step on; half of them while a checkpoint is being written."""
-    seen = {"kills": 0, "while saving": 0, "runs": 1}
-    while seen["kills"] < count:
-        done = steps_done(workdir)
-        if done >= STEPS:  # nothing left to interrupt but the last evaluation
-            ended = whole(workdir)
-            if difference := ended.said if ended.code else same_end(workdir, undisturbed):
-                return difference, seen
-            seen["runs"] += 1
+    """SIGKILL in turns at a moment of its own, while a checkpoint is written, and while the run starts or restores."""
+    seen = dict.fromkeys(MOMENTS, 0)
+    counts = {"runs compared": 0, "starts": 0}
+    startup = 10.0  # seconds to the first new step, as last seen
+    while (killed := sum(seen.values())) < count or steps_done(workdir):
+        done, began = steps_done(workdir), time.monotonic()
+        counts["starts"] += 1
+        if killed == count or done >= STEPS:
+            if difference := same_end(whole(workdir), workdir, undisturbed):
+                return difference, seen | counts
+            counts["runs compared"] += 1
             shutil.rmtree(workdir)
             continue
-        began = time.monotonic()
-        process = start(workdir)
-        wanted_saving = seen["kills"] % 2 == 0
-        # One more step than the run had, so that it gets on; then a moment of its own.
-        while process.poll() is None and steps_done(workdir) <= done:
-            time.sleep(0.005)
-        moment = time.monotonic() + rng.uniform(0.0, 0.4)
-        while process.poll() is None:
-            saving = any((workdir / "checkpoints").glob("*tmp*"))
-            if saving if wanted_saving else time.monotonic() > moment:
-                break
-            time.sleep(0.001)
+        process, wanted = start(workdir), MOMENTS[killed % 3]
+        if wanted == "while starting":
+            time.sleep(rng.uniform(0.0, startup))
+        else:
+            wait_for_steps(process, workdir, done + 1)  # one more than it had, so that the run gets on
+            startup = time.monotonic() - began
+            moment = time.monotonic() + rng.uniform(0.0, 1.0)
+            reached = lambda end=moment: time.monotonic() > end
+            if wanted == "while saving":
+                reached = lambda: saving(workdir)
+            while process.poll() is None and not reached():
+                time.sleep(0.001)
         if process.poll() is None:
-            seen["while saving"] += any((workdir / "checkpoints").glob("*tmp*"))
+            caught = wanted  # what a start finds half saved is what the kill before it left
+            if wanted != "while starting":
+                caught = "while saving" if saving(workdir) else "within a step"
             process.send_signal(signal.SIGKILL)
-            seen["kills"] += 1
+            seen[caught] += 1
         ended = finish(process, began)
         if ended.code not in (0, -signal.SIGKILL):
-            return f"ended with {ended.code}: {ended.said}", seen
-    ended = whole(workdir)
-    return (f"ended with {ended.code}: {ended.said}" if ended.code else same_end(workdir, undisturbed)), seen
+            return f"ended with {ended.code}: {ended.said}", seen | counts
+    return "", seen | counts
 
 
 def full_disk(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     """No file may grow beyond what metrics.jsonl has: what the process then meets is what a full disk gives it."""
     began = time.monotonic()
     process = start(workdir)
-    while process.poll() is None and steps_done(workdir) < 6:
-        time.sleep(0.01)
+    wait_for_steps(process, workdir, 6)
     size = (workdir / "metrics.jsonl").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     ended = finish(process, began)
     if ended.code != 2 or not any(words in ended.said for words in ("File too large", "disk is full", "free space")):
         return f"ended with {ended.code}: {ended.said}", {}
-    again = whole(workdir)
-    return (again.said if again.code else same_end(workdir, undisturbed)), {"said": ended.said}
+    return same_end(whole(workdir), workdir, undisturbed), {"said": ended.said}
 
 
 def corrupt_newest(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     """One bit of the newest checkpoint's largest file, after a kill."""
     began = time.monotonic()
     process = start(workdir)
-    while process.poll() is None and steps_done(workdir) < 12:
-        time.sleep(0.01)
+    wait_for_steps(process, workdir, 12)
     process.send_signal(signal.SIGKILL)
     finish(process, began)
     newest = max((workdir / "checkpoints").glob("[0-9]*[0-9]"), key=lambda path: int(path.name.partition(".")[0]))
@@ -143,29 +166,28 @@ def corrupt_newest(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     aside = [path.name for path in (workdir / "checkpoints").glob("*.corrupt")]
     if not aside:
         return "the damage was not found", {}
-    return (again.said if again.code else same_end(workdir, undisturbed)), {"set aside": aside[0]}
+    return same_end(again, workdir, undisturbed), {"damaged": largest.name, "set aside": aside[0]}
 
 
 def poisoned(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     """One batch of NaNs: skipped, dumped, and the run ends; the trajectory is another one by that step."""
-    once = whole(workdir, "nan:7")
+    once = whole(workdir, "nan:8")
     dumps = [path.name for path in (workdir / "broken").glob("*.npz")] if (workdir / "broken").exists() else []
     skipped = [m["step"] for m in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if m["skipped"]]
-    if once.code or dumps != ["step7.npz"] or skipped != [7] or final(workdir).get("step") != STEPS:
+    if once.code or dumps != ["step8.npz"] or skipped != [8] or final(workdir).get("step") != STEPS:
         return f"ended with {once.code}: {once.said}; dumped {dumps}, skipped {skipped}", {}
-    return "", {"skipped": 7, "dumped": dumps[0]}
+    return "", {"skipped": 8, "dumped": dumps[0]}
 
 
 def poisoned_for_good(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     """NaNs without end: the run stops with the reason, and the same command goes on once the cause is gone."""
-    ended = whole(workdir, "nan:7-")
+    ended = whole(workdir, "nan:8-")
     if ended.code != 2 or "3 updates in a row" not in ended.said:
         return f"ended with {ended.code}: {ended.said}", {}
     again = whole(workdir)
     step = final(workdir).get("step")
-    return ("" if again.code == 0 and step == STEPS else f"then {again.code}: {again.said}, step {step}"), {
-        "said": ended.said[:160]
-    }
+    trouble = "" if again.code == 0 and step == STEPS else f"then {again.code}: {again.said}, step {step}"
+    return trouble, {"said": ended.said[:160]}
 
 
 def reward_worker(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
@@ -187,7 +209,7 @@ def reward_worker(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
     ended = finish(process, began)
     if not killed:
         return "no execution was met", {}
-    return (f"{ended.code}: {ended.said}" if ended.code else same_end(workdir, alone)), {"killed": killed}
+    return same_end(ended, workdir, alone), {"killed": killed}
 
 
 def sandboxes(parent: int) -> list[int]:
@@ -202,9 +224,8 @@ def sandboxes(parent: int) -> list[int]:
 
 
 def clock(workdir: Path, undisturbed: Path) -> tuple[str, dict]:
-    """The wall clock jumps a day back and two forward in the middle of the run."""
-    ended = whole(workdir, "clock:0")
-    return (ended.said if ended.code else same_end(workdir, undisturbed)), {}
+    """The wall clock is right, a day behind and two days ahead in turns, a second each."""
+    return same_end(whole(workdir, "clock:0"), workdir, undisturbed), {}
 
 
 FAULTS: dict[str, Callable[[Path, Path], tuple[str, dict]]] = {
@@ -219,22 +240,29 @@ FAULTS: dict[str, Callable[[Path, Path], tuple[str, dict]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--out", type=Path, required=True, help="a folder; an undisturbed run already in it is taken")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS))
     options = parser.parse_args()
-    options.out.mkdir(parents=True)
-    undisturbed = options.out / "undisturbed"
-    ended = whole(undisturbed)
-    print(f"undisturbed: {ended.seconds:.0f} s, {STEPS} steps, code {ended.code} {ended.said if ended.code else ''}")
-    rng, wrong = random.Random(options.seed), int(ended.code != 0)
-    drills = {f"{options.kills} kills": lambda own, other: kills(own, other, options.kills, rng), **FAULTS}
+    undisturbed, wrong = options.out / "undisturbed", False
+    print("| fault | what happened | seconds |\n| --- | --- | --- |", flush=True)
+    if final(undisturbed).get("step") != STEPS:
+        ended = whole(undisturbed)
+        print(f"| none | code {ended.code}, {STEPS} steps {ended.said} | {ended.seconds:.0f} |", flush=True)
+        wrong = ended.code != 0
+    drills, rng = {}, random.Random(options.seed)
+    if options.kills:
+        drills[f"{options.kills} kills"] = lambda own, other: kills(own, other, options.kills, rng)
+    drills |= {name: FAULTS[name] for name in options.faults}
     for name, drill in drills.items():
         began = time.monotonic()
         trouble, seen = drill(options.out / name.replace(" ", "_"), undisturbed)
-        wrong += bool(trouble)
-        print(f"{name}: {trouble or 'as it should be'} ({time.monotonic() - began:.0f} s) {seen or ''}", flush=True)
-    return int(wrong > 0)
+        wrong = wrong or bool(trouble)
+        facts = "; ".join(f"{key}: {value}" for key, value in seen.items())
+        happened = f"{trouble or 'as it should be'}; {facts}" if facts else trouble or "as it should be"
+        print(f"| {name} | {happened} | {time.monotonic() - began:.0f} |", flush=True)
+    return int(wrong)
 
 
 if __name__ == "__main__":

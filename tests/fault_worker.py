@@ -43,7 +43,7 @@ def nan(number: int, lasting: bool) -> None:
 
 
 def clock(*_: object) -> None:
-    """time.time() jumps a day back and two forward; the monotonic clock, which deadlines must use, does not."""
+    """time.time() is right, a day behind and two days ahead in turns, a second each; the monotonic clock goes on."""
     real, began = time.time, time.monotonic()
 
     def jumping() -> float:
