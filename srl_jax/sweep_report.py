@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import Interval, bootstrap_ci, paired_bootstrap_ci
-from srl_jax.report import load_evaluation, markdown_table
+from srl_jax.report import load_evaluation
+from srl_jax.report_tables import markdown_table
 from srl_jax.sweep import Job
 
 _Items = Mapping[tuple[int, str], Mapping[str, Any]]  # (seed, task id) -> item

@@ -35,6 +35,16 @@ def test_the_page_holds_every_number_and_trace(workdir):  # noqa: F811
     assert data["answers"]["teacher"]["task-00"]["diff"].startswith("--- a")
 
 
+def test_kinds_of_tasks_have_tables_and_empty_measures_no_row(workdir):  # noqa: F811
+    for name in ("base", "student"):
+        kinds = {"language": "python", "source": "real", "step": None, "rule_seen": True}
+        write_evaluation(workdir, name, [item(n, 0.4, **(kinds if n < 3 else {})) for n in range(10)])
+    tables = embedded(write_page(workdir))["tables"]
+    assert list(tables)[3:] == ["language: python", "code: real", "rule: seen in training", "place: a task of its own"]
+    assert tables["code: real"]["reward"]["student"] == [pytest.approx(0.4)] * 3
+    assert "match-set F1" not in tables["all"] and "sampled: pass@1" not in tables["all"]
+
+
 def test_nothing_is_asked_of_the_network(workdir):  # noqa: F811
     page = write_page(workdir).read_text(encoding="utf-8")
     assert "default-src 'none'" in page
