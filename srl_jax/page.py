@@ -13,7 +13,7 @@ from typing import Any
 from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import bootstrap_ci
 from srl_jax.measures import MEASURES, kinds_of, values_of
-from srl_jax.metrics import read_metrics
+from srl_jax.metrics import HISTOGRAMS_FILE, read_metrics
 from srl_jax.report import ReportError, load_evaluation
 
 PAGE_FILE = "page.html"
@@ -21,6 +21,7 @@ _OF_TASK = ("slice", "rule", "instruction", "prompt", "teacher")
 _OF_ANSWER = (
     "completion", "reward", "action", "state", "think", "brevity", "rejection", "success", "status", "diff", "kl",
 )  # fmt: skip
+_MAX_COLUMNS = 120  # steps in a chart of distributions; more would be thinner than a pixel
 _FIRST = ("base", "student", "teacher")  # then floors, then evaluations during training
 
 
@@ -67,12 +68,19 @@ def _page_data(workdir: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> d
         "columns": columns,
         "tables": tables,
         "metrics": metrics,
+        "histograms": _thinned(read_metrics(workdir, HISTOGRAMS_FILE), _MAX_COLUMNS),
         "tasks": [{"id": name, **{field: tasks[name].get(field, "") for field in _OF_TASK}} for name in sorted(tasks)],
         "answers": {
             name: {item["task_id"]: {field: item.get(field) for field in _OF_ANSWER} for item in items[name]}
             for name in names
         },
     }
+
+
+def _thinned(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most `most` of the records, evenly spaced, the last among them."""
+    every = -(-len(records) // most) if records else 1
+    return list(records[::-1][::every][::-1])
 
 
 def _place(name: str) -> tuple[int, int, str]:
