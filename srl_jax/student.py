@@ -53,6 +53,11 @@ class Student:
             return {"params": self.params, "lora": lora}
         return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
 
+    def without_grammar(self) -> "Student":
+        """The same model, sampled over its whole vocabulary until the end of a trace."""
+        free = grammar.free_automaton(self.tokenizer, vocab_size=self.decoder.config.vocab_size)
+        return dataclasses.replace(self, automaton=jax.device_put(free, sharding.replicated(self.mesh)))
+
 
 _merge = jax.jit(merge_lora, static_argnames=("scale",))
 
