@@ -24,6 +24,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 FORMAT = "srl-checkpoint/2"
+_FOR_EVER_S = 10 * 365 * 86_400
 
 _REMEDIES = {
     "format": "this checkpoint was written by another version of srl_jax; use that version or a new workdir",
@@ -69,7 +70,11 @@ class Checkpointer:
         self._meta = meta
         self._read_only = read_only
         self._saving: int | None = None
+        # Orbax limits a write by the wall clock: one that jumps forward would end it. The limit is there to notice that
+        # another host is gone; alone, a write ends when it ends.
+        limit = ocp.AsyncOptions(timeout_secs=_FOR_EVER_S) if jax.process_count() == 1 else ocp.AsyncOptions()
         options = ocp.CheckpointManagerOptions(
+            async_options=limit,
             max_to_keep=None if read_only else keep,
             create=not read_only,
             cleanup_tmp_directories=not read_only,  # what a killed save left behind
@@ -86,6 +91,10 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest committed step, or None where there is none."""
         return self._manager.latest_step()
+
+    def prepare(self, state: Any) -> None:
+        """Compiles what `save` runs on such a state; otherwise the first save holds the run up for that."""
+        _describe(state)
 
     def save(self, step: int, state: Any, iterator_state: Mapping[str, Any] | bytes) -> None:
         """Starts saving `state` (a pytree of JAX arrays) as `step`; the write itself goes on in the background.

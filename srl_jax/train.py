@@ -102,6 +102,7 @@ def train(
         if resumed is not None:
             start, position = resumed
             stream.set_state(position)
+        run.checkpoints.prepare(run.state)
         with MetricWriter(run.workdir, config.steps, resumed_step=start) as writer:
             write_json(run.workdir / "config.json", config.to_dict())
             _record_environment(run, writer, repeats)

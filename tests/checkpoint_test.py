@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from srl_jax import checkpoint
 from srl_jax.checkpoint import Checkpointer, CheckpointError, CheckpointMeta, CheckpointMismatch
+from srl_jax.compiles import count_compiles
 
 ROOT = Path(__file__).parents[1]
 META = CheckpointMeta(config="c0", tokenizer="t0", base_weights="w0", schema="s0", reward="r0")
@@ -59,6 +60,17 @@ def corrupt(step_directory: Path) -> Path:
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     return largest
+
+
+def test_a_prepared_save_compiles_nothing(tmp_path):
+    state, other = make_state(1, rank=11), make_state(1, rank=13)  # shapes of this test alone
+    with Checkpointer(tmp_path / "c", 2, META) as checkpointer:
+        checkpointer.prepare(state)
+        with count_compiles() as prepared:
+            checkpointer.save(1, state, ITERATOR)
+        with count_compiles() as unprepared:
+            checkpointer.save(2, other, ITERATOR)
+    assert prepared.count == 0 and unprepared.count > 0
 
 
 @pytest.mark.parametrize("iterator_state", [ITERATOR, b'{"raw": "\xff\x00"}'])
