@@ -206,7 +206,7 @@ class EvalConfig(Section):
 
 @dataclasses.dataclass
 class ControlConfig(Section):
-    """What changes or ends a run while it goes on (srl_jax/control.py); every part is off unless it is set."""
+    """What changes or ends a run while it goes on (srl_jax/control.py); all but the last three are off unless set."""
 
     kl_target: float = number(0.0, at_least=0)  # smoothed KL per token beyond which lambda moves; 0: never
     kl_response: str = choice("raise", "lower")  # what lambda does then; "lower" is the notes' form, for comparison
@@ -217,6 +217,10 @@ class ControlConfig(Section):
     patience: int = number(0, at_least=0)  # evaluations without a new best before the run ends; 0: never
     keep_best: bool = False  # keep the best evaluated state apart, and make it the run's student
     max_broken_updates: int = number(3, at_least=1)  # non-finite updates in a row before the run ends
+    # Mean |sampler's - trainer's log-prob| per token that ends the run after so many steps in a row; 0: never. The two
+    # are held to 1e-5 in float32 and 1e-2 in bfloat16.
+    gap_stop: float = number(0.05, at_least=0)
+    gap_steps: int = number(3, at_least=1)
 
 
 @dataclasses.dataclass
