@@ -123,6 +123,7 @@ def make_batch(student: Student, arrays: dict[str, np.ndarray], advantages: np.n
         grammar_states(student, tokens),
         put(arrays["logprobs"]),
         put(advantages.astype(np.float32)),
+        kept=put(arrays["kept"]) if "kept" in arrays else None,
     )
 
 
@@ -163,6 +164,8 @@ def sample_groups(
     )
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
     arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
+    if drawn.kept is not None:
+        arrays["kept"] = np.asarray(drawn.kept)
     timing["rollout"] += time.perf_counter() - started
     timing["tokens"] += int(arrays["mask"].sum())
 
