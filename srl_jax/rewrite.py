@@ -68,7 +68,7 @@ def draw_traces(
         drawn: Completions = sample(
             student.decoder, variables, student.automaton, tokens, lengths, jax.random.key(seed),
             group_size=group_size, pad_id=student.tokenizer.pad_id,
-            settings=dataclasses.replace(student.sampling, temperature=temperature),
+            settings=dataclasses.replace(student.sampling, temperature=temperature, top_k=0, top_p=1.0),
         )  # fmt: skip
         mask = np.asarray(drawn.mask)
         logprobs = (np.asarray(drawn.logprobs) * mask).sum(-1) / mask.sum(-1)

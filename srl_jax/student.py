@@ -189,6 +189,8 @@ def _assemble(
         config.sampling.max_think_tokens,
         config.sampling.temperature,
         config.sampling.drafts,
+        config.sampling.top_k,
+        config.sampling.top_p,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)
