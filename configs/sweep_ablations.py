@@ -5,7 +5,8 @@ Hardware: 2 CPU cores, 8 GB; with GPUs --parallel and --devices share the cells 
 Time:     seeds * cells runs of smollm2_cpu.py (see reports/demo.md); may be stopped and gone on with at any time.
 Result:   not measured.
 
-Not here: the teacher's temperature, which needs a served teacher and so another data set for each value.
+In files of their own, since they need data sets of their own: a withheld language (sweep_languages.py) and the
+teacher's temperature (sweep_teacher.py).
 """
 
 from srl_jax.sweep import Sweep

@@ -22,7 +22,7 @@ from data_pipeline.tasks.rule import Draft
 from data_pipeline.teacher import Answer, NoAnswer
 from data_pipeline.teacher_config import Price, TeacherConfig, TeacherSpec
 from srl_jax import assets
-from srl_jax.records import SourceFile
+from srl_jax.records import SourceFile, Task
 from srl_jax.tokenizer import load_tokenizer
 from srl_jax.trace import TAGS, render_state
 
@@ -87,13 +87,16 @@ class EndpointTeacher:
         )
 
     def request(self, draft: Draft) -> str:
-        return json.dumps(self._messages(draft), ensure_ascii=False, sort_keys=True)
+        return json.dumps(self.messages(draft.task), ensure_ascii=False, sort_keys=True)
 
     def answer(self, draft: Draft) -> Answer:
-        return self.ask(self._messages(draft))
+        return self.ask(self.messages(draft.task))
 
-    def ask(self, messages: list[dict[str, str]], tags: tuple[str, ...] = TAGS) -> Answer:
-        """The answer to any conversation, read up to the last of `tags`; raises as `answer` does."""
+    def ask(self, messages: list[dict[str, str]], tags: tuple[str, ...] = TAGS, *, variant: int = 0) -> Answer:
+        """The answer to any conversation, read up to the last of `tags`; raises as `answer` does.
+
+        `variant` is added to the pinned seed, where there is one, for another answer to the same question.
+        """
         limits, started = self._spec.limits, time.monotonic()
         prompt, read, wasted, reason = sum(self._count(message["content"]) for message in messages), 0, 0, ""
         for attempt in range(1, limits.attempts + 1):
@@ -101,7 +104,7 @@ class EndpointTeacher:
             guard = StreamGuard(self._count, self._spec.decoding.max_think_tokens, tags)
             delay = min(limits.max_wait_s, limits.backoff_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
             try:
-                served, ended = self._stream(messages, guard)
+                served, ended = self._stream(messages, guard, variant)
             except _FATAL as error:
                 raise DataError(
                     f"teacher {self._spec.name}: {self._spec.base_url} answers {error.status_code} ({_brief(error)}); "
@@ -151,10 +154,10 @@ class EndpointTeacher:
             cost_usd=_cost(self._spec.price, read, wasted),
         )
 
-    def _stream(self, messages: list[dict[str, str]], guard: StreamGuard) -> tuple[str, str]:
+    def _stream(self, messages: list[dict[str, str]], guard: StreamGuard, variant: int) -> tuple[str, str]:
         """Feeds the guard until it has enough; (the model that answered, the server's finish reason)."""
         decoding, limits = self._spec.decoding, self._spec.limits
-        extra = {} if decoding.seed is None else {"seed": decoding.seed}
+        extra = {} if decoding.seed is None else {"seed": decoding.seed + variant}
         deadline = time.monotonic() + _WHOLE_ANSWER * limits.timeout_s
         served = ended = ""
         stream = self._client.chat.completions.create(
@@ -180,8 +183,8 @@ class EndpointTeacher:
             raise _HalfStream
         return served, ended
 
-    def _messages(self, draft: Draft) -> list[dict[str, str]]:
-        task = draft.task
+    def messages(self, task: Task) -> list[dict[str, str]]:
+        """The conversation that asks for the answer to a task."""
         messages = [{"role": "system", "content": self._config.system}]
         for anchor in self._config.anchors:
             shown = _request(anchor.language, anchor.instruction, anchor.state, anchor.files)

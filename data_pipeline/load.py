@@ -32,6 +32,7 @@ __all__ = [
     "read_manifest",
     "read_sample",
     "read_split",
+    "split_rules",
     "verify",
 ]
 
@@ -294,6 +295,11 @@ def read_split(
 def read_sample(data_dir: str | Path, split: str, count: int) -> list[TeacherRecord]:
     """At most `count` records of a split, every slice by its size; the same ones every time."""
     return list(itertools.islice(make_stream(data_dir, split, seed=0, repeat=False), count))
+
+
+def split_rules(data_dir: str | Path, split: str) -> frozenset[str]:
+    """Names of the rules that a split's tasks are made from."""
+    return frozenset(read_manifest(data_dir)["splits"][split]["rules"])
 
 
 def benchmark(data_dir: str | Path, split: str = "train", *, records: int = 20_000) -> dict[str, float]:

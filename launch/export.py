@@ -26,6 +26,7 @@ def main() -> int:
     if not (workdir / "config.json").is_file():
         raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
     config = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    settings = config.to_dict()
     config.eval.execute, config.reward.execution = False, 0.0  # nothing is run, so no sandbox is needed
 
     from srl_jax.checkpoint import CheckpointError  # the accelerator stack, only once everything else is right
@@ -37,9 +38,9 @@ def main() -> int:
             raise CheckpointError(f"{workdir}: no checkpoint to export; train first")
         model = (run.student.decoder, run.student.params, run.state.lora, run.student.tokenizer)
         if _FORM.value == "merged":
-            export_merged(out, *model, dtype=_DTYPE.value)
+            export_merged(out, *model, dtype=_DTYPE.value, settings=settings)
         else:
-            export_adapter(out, *model, base=_BASE.value or config.model.source)
+            export_adapter(out, *model, base=_BASE.value or config.model.source, settings=settings)
     print(out)
     return 0
 

@@ -1,20 +1,24 @@
 """Rewrite code: `python launch/rewrite.py --workdir=runs/demo --directory=. --instruction="Use log.info, not print"`.
 
-Shows the newest checkpoint's proposals, executed in the sandbox and ranked; writes nothing without --apply, and nothing
-outside --directory ever. Exit code: 0 a usable proposal (with --apply: applied), 1 none or declined, 2 a mistake.
+Shows the proposals of a run's newest checkpoint (or of --model, an export; or of --teacher, an endpoint), executed in
+the sandbox and ranked; writes nothing without --apply, and nothing outside --directory ever.
+Exit code: 0 a usable proposal (with --apply: applied), 1 none or declined, 2 a mistake.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
+from data_pipeline.errors import DataError
 from srl_jax import cli, worktree
 from srl_jax.config import NotARun, read_config
+from srl_jax.proposals import Proposal, Request
+from srl_jax.rewrite_step import Writing, take_step
 from srl_jax.trace import LANGUAGES
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run whose student is used.")
+_MODEL = flags.DEFINE_string("model", None, "Directory that launch/export.py wrote, instead of a run.")
+_TEACHER = flags.DEFINE_string("teacher", None, "A teacher.yaml whose endpoint is asked, instead of a student.")
 _DIRECTORY = flags.DEFINE_string("directory", None, "The code to rewrite.")
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "What to do, in words.")
 _LANGUAGE = flags.DEFINE_enum("language", None, list(LANGUAGES), "Look at files of this language only.")
@@ -26,34 +30,28 @@ _APPLY = flags.DEFINE_bool("apply", False, "Write the best proposal, after askin
 _YES = flags.DEFINE_bool("yes", False, "With --apply: do not ask.")
 _FORCE = flags.DEFINE_bool("force", False, "With --apply: also where git could not undo it.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON for scripts.")
-flags.mark_flags_as_required(["workdir", "directory", "instruction"])
+flags.mark_flags_as_required(["directory", "instruction"])
+flags.mark_flags_as_mutual_exclusive(["workdir", "model", "teacher"], required=True)
 
 
 def main() -> int:
-    root, workdir = Path(_DIRECTORY.value), Path(_WORKDIR.value)
-    config = read_config(workdir)
-    if _APPLY.value and not _FORCE.value:
-        worktree.check_writable(root)
-    if _APPLY.value and not _YES.value and (_JSON.value or not sys.stdin.isatty()):
-        raise worktree.DirectoryError("--apply asks on a terminal; add --yes to apply without being asked")
-    files, state = worktree.read_directory(root), worktree.load_state(root)
-
-    from srl_jax import rewrite, rewrite_view  # the accelerator stack, only once everything else is right
-
     languages = (_LANGUAGE.value,) if _LANGUAGE.value else ()
     options = {"places": _PLACES.value, "candidates": _CANDIDATES.value, "seed": _SEED.value}
-    request = rewrite.Request(_INSTRUCTION.value, files, state, languages, _TESTS.value, **options)
-    proposals = rewrite.propose(config, workdir, request)
-    usable = bool(proposals) and proposals[0].usable
-    if not _JSON.value:
-        rewrite_view.show(Console(), proposals)
-    applied = None
-    if usable and _APPLY.value and (_YES.value or input("Apply this? [y/N] ").strip().lower() in ("y", "yes")):
-        applied = worktree.write_edits(root, files, {**files, **proposals[0].result.files_after})
-        worktree.save_state(root, proposals[0].trace.state)
-    print(rewrite_view.as_json(proposals, applied) if _JSON.value else f"written: {', '.join(applied or ['nothing'])}")
-    return 0 if usable and (applied or not _APPLY.value) else 1
+    request = Request(_INSTRUCTION.value, {}, None, languages, _TESTS.value, **options)
+    writing = Writing(_APPLY.value, _YES.value, _FORCE.value, _JSON.value)
+    return take_step(Path(_DIRECTORY.value), request, _propose, writing)
+
+
+def _propose(request: Request) -> list[Proposal]:
+    if _TEACHER.value:
+        from data_pipeline import propose as teacher  # an endpoint's client takes a second to import
+
+        return teacher.propose(Path(_TEACHER.value), request)
+    config = read_config(Path(_WORKDIR.value)) if _WORKDIR.value else None
+    from srl_jax import rewrite  # the accelerator stack, only once everything else is right
+
+    return rewrite.propose(config, Path(_WORKDIR.value or _MODEL.value), request)
 
 
 if __name__ == "__main__":
-    cli.run(main, worktree.DirectoryError, NotARun)
+    cli.run(main, worktree.DirectoryError, NotARun, DataError)

@@ -102,6 +102,8 @@ class SamplingSettings(Section):
     max_new_tokens: int = number(1024, at_least=16)
     max_think_tokens: int = number(512, at_least=1)
     temperature: float = number(1.0, above=0)
+    top_k: int = number(0, at_least=0, at_most=1024)  # only so many likeliest tokens are drawn from; 0: all
+    top_p: float = number(1.0, above=0, at_most=1)  # of these, only the fewest that have so much of their probability
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
     drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
     slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
@@ -206,7 +208,7 @@ class EvalConfig(Section):
 
 @dataclasses.dataclass
 class ControlConfig(Section):
-    """What changes or ends a run while it goes on (srl_jax/control.py); every part is off unless it is set."""
+    """What changes or ends a run while it goes on (srl_jax/control.py); all but the last three are off unless set."""
 
     kl_target: float = number(0.0, at_least=0)  # smoothed KL per token beyond which lambda moves; 0: never
     kl_response: str = choice("raise", "lower")  # what lambda does then; "lower" is the notes' form, for comparison
@@ -217,6 +219,10 @@ class ControlConfig(Section):
     patience: int = number(0, at_least=0)  # evaluations without a new best before the run ends; 0: never
     keep_best: bool = False  # keep the best evaluated state apart, and make it the run's student
     max_broken_updates: int = number(3, at_least=1)  # non-finite updates in a row before the run ends
+    # Mean |sampler's - trainer's log-prob| per token that ends the run after so many steps in a row; 0: never. The two
+    # are held to 1e-5 in float32 and 1e-2 in bfloat16.
+    gap_stop: float = number(0.05, at_least=0)
+    gap_steps: int = number(3, at_least=1)
 
 
 @dataclasses.dataclass
@@ -304,6 +310,7 @@ def validate(config: TrainConfig) -> None:
                 "must be a number above 0; leave a slice out of the mixture by naming only the others",
             )
     _validate_grpo(config)
+    _validate_truncation(config)
     _validate_control(config)
     _validate_replay(config)
     reward = config.reward
@@ -407,6 +414,23 @@ def _validate_grpo(config: TrainConfig) -> None:
             )  # fmt: skip
     if grpo.teacher_in_group and grpo.group_size < 3:
         raise ConfigError("grpo.group_size", grpo.group_size, "must be at least 3 with grpo.teacher_in_group")
+
+
+def _validate_truncation(config: TrainConfig) -> None:
+    sampling = config.sampling
+    if sampling.top_k == 1:
+        raise ConfigError(
+            "sampling.top_k", 1, "must be 0 (off) or at least 2: a token without an alternative has no gradient"
+        )
+    if sampling.top_p < 1 and not sampling.top_k:
+        raise ConfigError(
+            "sampling.top_p",
+            sampling.top_p,
+            "needs sampling.top_k, the most tokens it may keep: they are stored with every token drawn, so that "
+            "training renormalises over the same ones (256 holds most nuclei)",
+        )
+    if sampling.top_k and (config.method == "replay" or config.replay.record):
+        raise ConfigError("sampling.top_k", sampling.top_k, "must be 0 with replay: a stored group has no kept tokens")
 
 
 def _validate_control(config: TrainConfig) -> None:

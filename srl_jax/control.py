@@ -1,4 +1,4 @@
-"""What watches a run and turns its knobs: lambda against the KL, early stopping, the count of broken updates.
+"""What watches a run and turns its knobs: lambda against the KL, early stopping, broken updates, a sampler gone astray.
 
 Plain numbers in, decisions out. `ControlState` is JSON in every checkpoint, so that a resumed run decides as an
 uninterrupted one would.
@@ -19,7 +19,7 @@ _REACH = 32.0  # lambda stays within this factor of its configured value
 
 
 class Diverged(RuntimeError):
-    """So many updates in a row were not finite that going on is pointless; the message says where the batches are."""
+    """Going on is pointless: update after update was not finite, or not made of what the policy would have sampled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ControlState:
     kl: float | None = None  # smoothed, per token
     spread: float | None = None  # smoothed standard deviation of rewards within a group
     broken: int = 0  # updates in a row that were skipped
+    gap: float | None = None  # between the log-probs of sampler and trainer, of the last step that told one
+    apart: int = 0  # steps in a row whose gap was too wide
     judged_step: int = 0  # of the last held-out evaluation
     best_reward: float | None = None
     best_step: int = 0
@@ -52,7 +54,11 @@ def kl_coef(state: ControlState, step: int, config: TrainConfig) -> float:
 
 
 def after_step(state: ControlState, metrics: Mapping[str, float | None], config: TrainConfig) -> ControlState:
-    """The state after one update with these metrics (`kl`, `reward/group_std`, `skipped`; each may be missing)."""
+    """The state after one update with these metrics; each may be missing.
+
+    They are `kl`, `reward/group_std`, `skipped`, and `logprob_gap`, of which the canary lives: the mean difference
+    per token between the log-probs that the sampler gave and those that the trainer finds for the same policy.
+    """
     c = config.control
     kl, spread = _smooth(state.kl, metrics.get("kl")), _smooth(state.spread, metrics.get("reward/group_std"))
     factor = state.factor
@@ -67,12 +73,19 @@ def after_step(state: ControlState, metrics: Mapping[str, float | None], config:
     stopped = state.stopped
     if c.kl_stop and kl is not None and kl > c.kl_stop:
         stopped = f"the KL per token, smoothed, reached {kl:.4f}, beyond control.kl_stop={c.kl_stop:g}"
+    gap, apart = state.gap, state.apart
+    measured = metrics.get("logprob_gap")
+    # Replayed log-probs are an older policy's; a batch without a token left has a gap of 0. Neither says anything.
+    if config.method == "srl" and measured and math.isfinite(measured):
+        gap, apart = measured, apart + 1 if measured > c.gap_stop else 0
     return dataclasses.replace(
         state,
         factor=min(max(factor, 1.0 / _REACH), _REACH),
         kl=kl,
         spread=spread,
         broken=state.broken + 1 if metrics.get("skipped") else 0,
+        gap=gap,
+        apart=apart,
         stopped=stopped,
     )
 
@@ -103,6 +116,22 @@ def check_broken(state: ControlState, config: TrainConfig, dumps: object) -> Non
         raise Diverged(
             f"{state.broken} updates in a row had a non-finite loss or gradient; the adapters are those before them. "
             f"The batches are in {dumps}; lower optim.learning_rate, or raise control.max_broken_updates to go on"
+        )
+
+
+def check_gap(state: ControlState, config: TrainConfig) -> None:
+    """Raises `Diverged` when the gap was beyond `control.gap_stop` for `control.gap_steps` steps in a row.
+
+    Ratios are then of two different distributions, so gradients are of neither, and nothing else in a run's metrics
+    would tell.
+    """
+    c = config.control
+    if c.gap_stop and state.apart >= c.gap_steps:
+        raise Diverged(
+            f"for {state.apart} steps in a row the sampler's log-probs were not the trainer's: {state.gap:.4g} apart "
+            f"per token on average, beyond control.gap_stop={c.gap_stop:g}; adapters are not in use on one side, or "
+            "weights, kernels or masks differ. Checkpoints are kept; try model.attention=xla and model.dtype=float32, "
+            "or raise control.gap_stop to go on"
         )
 
 

@@ -1,27 +1,25 @@
 """The report's numbers: greedy answers to held-out tasks, scored by the trainer's own reward and executed.
 
-The KL of an item is its mean log-ratio to the base over its tokens, under the policy at temperature 1.
+The KL of an item is its mean log-ratio to the base over its tokens, under the policy at temperature 1. Samples, answers
+without the grammar and whole episodes come in further passes (`srl_jax.passes`).
 """
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-from rich.progress import Progress
+import numpy as np
 
-from srl_jax.checkpoint import CheckpointError
 from srl_jax.config import TrainConfig
-from srl_jax.evaluation import evaluation_item, summary, write_json
-from srl_jax.floors import write_bounds
-from srl_jax.page import write_page
+from srl_jax.evaluation import VERSION, evaluation_item, summary
+from srl_jax.groups import Groups
+from srl_jax.model.hf import weights_hash
 from srl_jax.records import TeacherRecord
-from srl_jax.report import load_evaluation, write_report
+from srl_jax.report import load_evaluation
 from srl_jax.rollout import executable, sample_groups
-from srl_jax.run import Run
 from srl_jax.sandbox.service import ScoresCompletions
 from srl_jax.student import Student
 from srl_jax.train_step import StepSettings
@@ -72,13 +70,75 @@ def fitting_tasks(
     return chosen
 
 
-def evaluated_before(path: Path, tasks: Sequence[TeacherRecord], config: TrainConfig) -> bool:
-    """Whether `path` holds an evaluation of these tasks under the same settings, so that it need not be repeated."""
+def evaluated_before(
+    path: Path, tasks: Sequence[TeacherRecord], config: TrainConfig, *, adapters: str | None = None
+) -> bool:
+    """Whether `path` holds an evaluation of these tasks under the same settings, so that it need not be repeated.
+
+    `adapters` is the hash of the policy's, where it is not known to be the same.
+    """
     if not path.exists():
         return False
     saved = load_evaluation(path)
-    same_tasks = [item["task_id"] for item in saved["items"]] == [record.task.task_id for record in tasks]
-    return same_tasks and all(saved["config"].get(part) == config.to_dict()[part] for part in _DECISIVE)
+    told = [(item["task_id"], item["instruction"], item["teacher"]) for item in saved["items"]]
+    same_tasks = told == [(record.task.task_id, record.task.instruction, record.trace) for record in tasks]
+    same_policy = saved.get("version") == VERSION and (adapters is None or saved.get("adapters") == adapters)
+    return same_tasks and same_policy and all(saved["config"].get(p) == config.to_dict()[p] for p in _DECISIVE)
+
+
+def answer_groups(
+    student: Student,
+    lora: dict | None,
+    records: Sequence[TeacherRecord],
+    service: ScoresCompletions,
+    config: TrainConfig,
+    *,
+    group_size: int = 1,
+    seed: int = 0,
+    start: int = 0,
+    reference: bool = True,
+    like: int = 0,
+) -> Iterator[tuple[Groups, Counter]]:
+    """Scored answers of `student` with its own sampling settings, `group_size` to a record: batch by batch, with what
+    each batch took in seconds by part.
+
+    `eval.batch_size` rows are decoded at once. `start` goes on at the batch that begins with that record, with the
+    answers it would have had in a whole run. `reference=False` spares the base's log-probs. `like` records are what
+    batches are cut for, where several calls are to share one shape.
+    """
+    shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
+    count = max(len(records), like)
+    prompts_at_once = max(1, min(config.eval.batch_size, count * group_size) // group_size)
+    # `width` prompts are decoded at once; up to four times as many wait their turn. All turns are equally long.
+    width = -(-prompts_at_once // shards) * shards
+    turns = -(-count // (4 * width))
+    size = -(-count // (turns * width)) * width
+    variables = student.sampling_variables(lora)
+    settings = StepSettings(temperature=1.0, micro_batch=width)
+    for first in range(start, len(records), size):
+        batch = list(records[first : first + size])
+        # A short last batch is filled up, so that nothing is compiled twice; the copies are dropped again.
+        filled = batch + [batch[0]] * (size - len(batch))
+        prompts = [student.tokenizer.encode_prompt(r.task, few_shot=config.data.few_shot) for r in filled]
+        timing: Counter = Counter()
+        groups = sample_groups(
+            student, variables, filled, prompts, jax.random.fold_in(jax.random.key(seed), first), service,
+            group_size=group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+            reference=reference and lora is not None, slots=width,
+        )  # fmt: skip
+        yield groups.take(range(len(batch))), timing
+
+
+def greedy(student: Student) -> Student:
+    """The same student, answering greedily."""
+    return dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=0.0))
+
+
+def log_ratios(groups: Groups) -> list[list[float]]:
+    """Mean over its tokens of each answer's log-ratio to the base."""
+    mask = groups.arrays["mask"]
+    ratio = np.where(mask, groups.arrays["logprobs"] - groups.arrays["ref"], 0.0)
+    return (ratio.sum(-1) / np.maximum(mask.sum(-1), 1)).tolist()
 
 
 def evaluate(
@@ -95,68 +155,23 @@ def evaluate(
 
     Returns the evaluation as JSON data: `name`, `config`, `metrics`, and one entry in `items` for each task.
     """
-    shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
-    # `width` prompts are decoded at once; up to four times as many wait their turn. All turns are equally long.
-    width = -(-min(config.eval.batch_size, len(records)) // shards) * shards
-    turns = -(-len(records) // (4 * width))
-    size = -(-len(records) // (turns * width)) * width
-    greedy = dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=0.0))
-    variables = student.sampling_variables(lora)
-    settings = StepSettings(temperature=1.0, micro_batch=width)
     items: list[dict] = []
     timing: Counter = Counter()
     started = time.perf_counter()
-    for start in range(0, len(records), size):
-        batch = list(records[start : start + size])
-        # A short last batch is filled up, so that nothing is compiled twice; the copies are dropped again.
-        filled = batch + [batch[0]] * (size - len(batch))
-        prompts = [student.tokenizer.encode_prompt(r.task, few_shot=config.data.few_shot) for r in filled]
-        groups = sample_groups(
-            greedy, variables, filled, prompts, jax.random.key(0), service,
-            group_size=1, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
-            reference=lora is not None, slots=width,
-        )  # fmt: skip
-        for i, record in enumerate(batch):
-            mask = groups.arrays["mask"][i, 0]
-            ratio = groups.arrays["logprobs"][i, 0] - groups.arrays["ref"][i, 0]
-            items.append(
-                {
-                    **evaluation_item(student.tokenizer, record, groups.texts[i][0], groups.scores[i][0], config),
-                    "kl": float(ratio[mask].mean()),
-                    "tokens": int(mask.sum()),
-                }
-            )
-        advance(len(batch))
-    seconds = time.perf_counter() - started
-    metrics = {
-        **summary(items),
-        "seconds": round(seconds, 2),
-        "seconds_by_part": {part: round(value, 2) for part, value in sorted(timing.items()) if part != "tokens"},
-    }
-    return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
+    for groups, took in answer_groups(greedy(student), lora, records, service, config):
+        timing += took
+        kl, tokens = log_ratios(groups), groups.arrays["mask"].sum(-1)
+        for i, record in enumerate(groups.records):
+            item = evaluation_item(student.tokenizer, record, groups.texts[i][0], groups.scores[i][0], config)
+            items.append({**item, "kl": kl[i][0], "tokens": int(tokens[i, 0])})
+        advance(len(groups.records))
+    metrics = {**summary(items), **duration(started, timing)}
+    adapters = None if lora is None else weights_hash(lora)
+    about = {"name": name, "version": VERSION, "config": config.to_dict(), "adapters": adapters}
+    return {**about, "metrics": metrics, "items": items}
 
 
-def evaluate_run(
-    config: TrainConfig,
-    workdir: Path,
-    out: Path,
-    held_out: Sequence[TeacherRecord],
-    corpus: Sequence[TeacherRecord] = (),
-) -> Path:
-    """Evaluates teacher, floors (`corpus`: training records), base and newest checkpoint of the run in `workdir`.
-
-    Returns the report written into `out`. Raises `CheckpointError` when the run has no checkpoint yet, and what `Run`
-    raises.
-    """
-    with Run(config, workdir, read_only=True) as run, Progress() as bar:
-        if run.resume() is None:
-            raise CheckpointError(f"{workdir}: no checkpoint to evaluate; train first")
-        tasks = fitting_tasks(run.student, held_out, config, runners=run.runners, note=bar.console.print)
-        out.mkdir(parents=True, exist_ok=True)
-        write_bounds(out, tasks, corpus, run.student.tokenizer, run.judge, config)
-        for name, adapters in (("base", None), ("student", run.state.lora)):
-            advance = partial(bar.advance, bar.add_task(f"evaluating {name}", total=len(tasks)))
-            result = evaluate(run.student, adapters, tasks, run.judge, config, name=name, advance=advance)
-            write_json(out / f"eval_{name}.json", result)
-    write_page(out)
-    return write_report(out)
+def duration(started: float, timing: Counter) -> dict:
+    """Seconds since `started`, and of these by part."""
+    by_part = {part: round(value, 2) for part, value in sorted(timing.items()) if part != "tokens"}
+    return {"seconds": round(time.perf_counter() - started, 2), "seconds_by_part": by_part}

@@ -12,7 +12,7 @@ import numpy as np
 
 from srl_jax.config import TrainConfig
 from srl_jax.embedding import cosine
-from srl_jax.evaluation import evaluation_item, summary, write_json
+from srl_jax.evaluation import VERSION, evaluation_item, summary, write_json
 from srl_jax.records import Task, TeacherRecord
 from srl_jax.rewards import RewardConfig, action_similarity, combine, state_overlap, think_similarity
 from srl_jax.sandbox.service import ScoreRequest, ScoresCompletions
@@ -89,7 +89,7 @@ def evaluate_answers(
             item = evaluation_item(tokenizer, request.record, request.completion, score, config)
             items.append({**item, "kl": None, "tokens": len(tokenizer.encode(request.completion))})
     metrics = {**summary(items), "seconds": round(time.perf_counter() - started, 2)}
-    return {"name": name, "config": config.to_dict(), "metrics": metrics, "items": items}
+    return {"name": name, "version": VERSION, "config": config.to_dict(), "metrics": metrics, "items": items}
 
 
 def bounds(

@@ -51,7 +51,8 @@ _NO_LIMIT = 1 << 20
         "kind_of_token",
         "class_of_kind",
         "bytes_of_kind",
-        "next_state",
+        "blocks",
+        "block_row",
         "effect_row",
         "effect",
         "needs",
@@ -76,7 +77,8 @@ class TokenAutomaton:
     kind_of_token: Int[Array, "V"]
     class_of_kind: Int[Array, "K"]
     bytes_of_kind: Int[Array, "K"]
-    next_state: Int[Array, "S C"]
+    blocks: Int[Array, "U w"]
+    block_row: Int[Array, "S C/w"]
     effect_row: Int[Array, "S"]
     effect: Int[Array, "R C"]
     needs: Int[Array, "E"]
@@ -94,6 +96,10 @@ class TokenAutomaton:
     start_state: int
     end_state: int
     json_cap: int
+
+    def following(self, state: Int[Array, "..."]) -> Int[Array, "... C"]:
+        """The next state for each class, 0 where it is forbidden."""
+        return self.blocks[self.block_row[state]].reshape(*state.shape, -1)
 
 
 @partial(
@@ -214,7 +220,8 @@ def shortest_trace(automaton: TokenAutomaton) -> int:
 
 def shortest_think(automaton: TokenAutomaton) -> int:
     """Tokens of think text in a shortest trace: the least `max_think_tokens`."""
-    next_state, distance = np.asarray(automaton.next_state), np.asarray(automaton.distance_to_end)
+    next_state = np.asarray(automaton.following(jnp.arange(len(automaton.block_row))))
+    distance = np.asarray(automaton.distance_to_end)
     state = automaton.start_state
     while not automaton.in_think[state]:
         state = int(next_state[state, distance[next_state[state]].argmin()])
@@ -239,7 +246,7 @@ def check_budget(automaton: TokenAutomaton, max_new_tokens: int, max_think_token
 def token_room(automaton: TokenAutomaton, state: GrammarState) -> Int[Array, "... C"]:
     """Per class the most bytes its token may have in this state, -1 where the class is forbidden."""
     here = state.state[..., None]
-    following = automaton.next_state[state.state].astype(jnp.int32)
+    following = automaton.following(state.state).astype(jnp.int32)
     effect = automaton.effect[automaton.effect_row[state.state]].astype(jnp.int32)
     # When the JSON is nearly full, what is left of the budget is just enough to finish.
     full = (state.json_bytes > automaton.json_cap) & ~automaton.in_think[state.state]
@@ -299,7 +306,9 @@ def advance(automaton: TokenAutomaton, state: GrammarState, token: Int[Array, ".
     """The state after `token`. A token that is not allowed by the grammar leads to the dead state for good."""
     kind = automaton.kind_of_token[token].astype(jnp.int32)
     token_class = automaton.class_of_kind[kind].astype(jnp.int32)
-    following = automaton.next_state[state.state, token_class].astype(jnp.int32)
+    width = automaton.blocks.shape[1]
+    block = automaton.block_row[state.state, token_class // width].astype(jnp.int32)
+    following = automaton.blocks[block, token_class % width].astype(jnp.int32)
     effect = automaton.effect[automaton.effect_row[state.state], token_class].astype(jnp.int32)
     size = automaton.bytes_of_kind[kind].astype(jnp.int32)
     in_think = automaton.in_think[state.state]

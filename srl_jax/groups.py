@@ -24,7 +24,8 @@ class Groups:
     records: list[TeacherRecord]
     texts: list[list[str]]
     scores: list[list[Score]]
-    arrays: dict[str, np.ndarray]  # the sampled arrays: prompt_tokens, prompt_lengths, tokens, mask, logprobs, ref
+    # The sampled arrays: prompt_tokens, prompt_lengths, tokens, mask, logprobs, ref; kept, where sampling truncates.
+    arrays: dict[str, np.ndarray]
 
     def column(self, part: str) -> np.ndarray:
         """One number of every completion's reward, [P, G], NaN where it does not exist (malformed, unscored)."""

@@ -204,4 +204,5 @@ def _batch(student: Student, automaton: grammar.TokenAutomaton, config: TrainCon
         states,
         split((p, g, t), jnp.float32),
         split((p, g), jnp.float32),
+        kept=split((p, g, t, student.sampling.width), jnp.int32) if student.sampling.width else None,
     )

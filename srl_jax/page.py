@@ -12,14 +12,16 @@ from typing import Any
 
 from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import bootstrap_ci
-from srl_jax.metrics import read_metrics
-from srl_jax.report import MEASURES, ReportError, load_evaluation, values_of
+from srl_jax.measures import MEASURES, kinds_of, values_of
+from srl_jax.metrics import HISTOGRAMS_FILE, read_metrics
+from srl_jax.report import ReportError, load_evaluation
 
 PAGE_FILE = "page.html"
 _OF_TASK = ("slice", "rule", "instruction", "prompt", "teacher")
 _OF_ANSWER = (
     "completion", "reward", "action", "state", "think", "brevity", "rejection", "success", "status", "diff", "kl",
 )  # fmt: skip
+_MAX_COLUMNS = 120  # steps in a chart of distributions; more would be thinner than a pixel
 _FIRST = ("base", "student", "teacher")  # then floors, then evaluations during training
 
 
@@ -52,6 +54,9 @@ def _page_data(workdir: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> d
     tables = {"all": _table({name: items[name] for name in columns})}
     for wanted in slices:
         tables[wanted] = _table({name: [i for i in items[name] if i["slice"] == wanted] for name in columns})
+    by_kind = {name: kinds_of(items[name]) for name in columns}
+    for kind, value in kinds_of(list(tasks.values())):
+        tables[f"{kind}: {value}"] = _table({name: by_kind[name].get((kind, value), []) for name in columns})
     metrics = read_metrics(workdir)
     config = evaluations[names[0]].get("config", {})
     facts = [f"{len(tasks)} held-out tasks", f"{metrics[-1]['step'] if metrics else 0} training steps"]
@@ -63,12 +68,19 @@ def _page_data(workdir: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> d
         "columns": columns,
         "tables": tables,
         "metrics": metrics,
+        "histograms": _thinned(read_metrics(workdir, HISTOGRAMS_FILE), _MAX_COLUMNS),
         "tasks": [{"id": name, **{field: tasks[name].get(field, "") for field in _OF_TASK}} for name in sorted(tasks)],
         "answers": {
             name: {item["task_id"]: {field: item.get(field) for field in _OF_ANSWER} for item in items[name]}
             for name in names
         },
     }
+
+
+def _thinned(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most `most` of the records, evenly spaced, the last among them."""
+    every = -(-len(records) // most) if records else 1
+    return list(records[::-1][::every][::-1])
 
 
 def _place(name: str) -> tuple[int, int, str]:
@@ -79,12 +91,14 @@ def _place(name: str) -> tuple[int, int, str]:
 
 
 def _table(items: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    """Measure -> name -> [mean, low, high]; a name without a value is absent."""
+    """Measure -> name -> [mean, low, high]; a name without a value is absent, and so is a measure without a name."""
     rows: dict[str, dict[str, list[float]]] = {}
     for measure in MEASURES:
-        rows[measure] = {}
+        cells = {}
         for name, some in items.items():
             if values := values_of(some, measure):
                 interval = bootstrap_ci(values)
-                rows[measure][name] = [interval.mean, interval.low, interval.high]
+                cells[name] = [interval.mean, interval.low, interval.high]
+        if cells:
+            rows[measure] = cells
     return rows

@@ -27,7 +27,7 @@ from srl_jax.train_step import StepSettings, TrainBatch, current_scores
 def sampler_settings(config: TrainConfig) -> SamplerSettings:
     """What the stored log-probs depend on beside the weights."""
     s = config.sampling
-    return SamplerSettings(s.temperature, 1.0, 0, s.constrained, s.max_new_tokens, s.max_think_tokens)
+    return SamplerSettings(s.temperature, s.top_p, s.top_k, s.constrained, s.max_new_tokens, s.max_think_tokens)
 
 
 def policy_version(student: Student, config_hash: str) -> str:

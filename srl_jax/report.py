@@ -1,8 +1,8 @@
 """What a run did, as a page: base against student with intervals, by slice, with curves and traces side by side.
 
 Reads what training left in a working directory: `metrics.jsonl`, `eval_base.json`, `eval_student.json`, any further
-`eval_<name>.json` such as a floor or the teacher, and `eval_step<N>.json` as points of a curve. Writes `report.md` and
-`plots/*.png` beside them.
+`eval_<name>.json` such as a floor or the teacher, `seen_<name>.json` (the same on tasks of the training split), and
+`eval_step<N>.json` as points of a curve. Writes `report.md` and `plots/*.png` beside them.
 """
 
 import html
@@ -11,34 +11,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from srl_jax import report_tables as tables
 from srl_jax.evaluation import write_bytes
-from srl_jax.intervals import bootstrap_ci, paired_bootstrap_ci
+from srl_jax.intervals import bootstrap_ci, paired_bootstrap_ci, sign_flip_p
+from srl_jax.measures import values_of
 from srl_jax.metrics import read_metrics
 
 REPORT_FILE = "report.md"
 
-# Row of the tables -> value of one item; None where there is none: a malformed trace has no components, and one that
-# the sandbox could not judge has no reward.
-MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "reward": lambda item: item["reward"],
-    "R_action": lambda item: item["action"],
-    "R_state": lambda item: item["state"],
-    "R_think": lambda item: item["think"],
-    "brevity penalty": lambda item: item["brevity"],
-    "parse rate": lambda item: None if item["reward"] is None else float(item["rejection"] is None),
-    "execution success": lambda item: None if item["success"] is None else float(item["success"]),
-    "match-set F1": lambda item: item.get("match_f1"),
-    "KL per token": lambda item: item["kl"],
-    "tokens in think": lambda item: item["think_tokens"],
-    "tokens in state update": lambda item: item["state_tokens"],
-}
 _ITEM_FIELDS = (
     "task_id", "slice", "rule", "instruction", "completion", "teacher", "reward", "action", "state", "think",
     "brevity", "rejection", "success", "kl", "think_tokens", "state_tokens",
@@ -89,6 +76,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
             evaluations.setdefault(name, load_evaluation(path))
     items = {name: evaluation["items"] for name, evaluation in evaluations.items()}
     base, student = _paired(items["base"], items["student"], workdir)
+    seen = {name: load_evaluation(path)["items"] for name in items if (path := workdir / f"seen_{name}.json").exists()}
     records = read_metrics(workdir)
     if records:
         held_out[records[-1]["step"]] = student
@@ -98,12 +86,15 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         _summary(base, student, records),
         "## Base against student",
         "Mean [95 % bootstrap interval over tasks]. Components are over traces that parse; a difference is over the "
-        "tasks where both have a value.",
-        _comparison(items, base, student),
+        "tasks where both have a value, its p that of the paired sign-flip test, not corrected for the number of rows.",
+        tables.comparison(items, base, student),
         "## By slice",
-        _by_slice(items, base, student),
+        tables.by_slice(items, base, student),
+        *tables.by_kind(items, seen),
+        *tables.episodes(evaluations),
         "## Rejected traces",
-        _rejections(items),
+        tables.rejections(items),
+        *tables.times(evaluations),
         "## Curves",
         _plots(workdir / "plots", items, records, held_out),
         "## Traces side by side",
@@ -147,47 +138,14 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
         f"Held-out reward, student minus base: **{difference}** over {len(scored)} tasks (mean and 95 % bootstrap "
         f"interval of the paired difference): {verdict}.",
         f"Resampling whole rules ({len(set(rules))} of them) instead of tasks: {by_rule}.",
+        f"Sign-flip test of the paired differences: {tables.p_value(sign_flip_p(*rewards))}; flipping whole rules: "
+        f"{tables.p_value(sign_flip_p(*rewards, clusters=rules))}.",
     ]
     if len(scored) < len(base):
         lines.append(f"{len(base) - len(scored)} tasks could not be scored in one of the two and are left out.")
     if records:
         lines.append(f"Training: {records[-1]['step']} steps.")
     return "  \n".join(lines)
-
-
-def values_of(items: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
-    """What a measure of `MEASURES` is for each item that has it."""
-    values = (MEASURES[measure](item) for item in items)
-    return [value for value in values if value is not None]
-
-
-def _comparison(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
-    rows = []
-    for measure, value_of in MEASURES.items():
-        cells = [_interval(values_of(some, measure)) for some in items.values()]
-        pairs = [(value_of(b), value_of(s)) for b, s in zip(base, student, strict=True)]
-        both = [(b, s) for b, s in pairs if b is not None and s is not None]
-        difference = str(paired_bootstrap_ci(*zip(*both, strict=True))) if both else "-"
-        rows.append([measure, *cells, difference])
-    return markdown_table(["", *items, "student - base"], rows)
-
-
-def _by_slice(items: Mapping[str, Sequence[Mapping]], base: Sequence[Mapping], student: Sequence[Mapping]) -> str:
-    parts = []
-    for name in sorted({item["slice"] for item in base}):
-        picked = {who: [item for item in some if item["slice"] == name] for who, some in items.items()}
-        before, after = ([item for item in some if item["slice"] == name] for some in (base, student))
-        parts.append(f"### {_code(name)}, {len(before)} tasks\n\n{_comparison(picked, before, after)}")
-    return "\n\n".join(parts)
-
-
-def _rejections(items: Mapping[str, Sequence[Mapping]]) -> str:
-    counts = {name: Counter(item["rejection"] for item in some if item["rejection"]) for name, some in items.items()}
-    reasons = sorted(set().union(*counts.values()))
-    if not reasons:
-        return "None: every trace parses."
-    rows = [[reason, *(str(c[reason]) for c in counts.values())] for reason in reasons]
-    return markdown_table(["reason", *items], rows)
 
 
 def _plots(
@@ -287,9 +245,12 @@ def _side_by_side(title: str, base: Mapping[str, Any], student: Mapping[str, Any
     }
     heads = "".join(f"<th>{html.escape(head)}</th>" for head in columns)
     cells = "".join(f"<td><pre>{_trace_text(text)}</pre></td>" for text in columns.values())
+    task, slice_name, rule, instruction = map(
+        tables.code, (base[f] for f in ("task_id", "slice", "rule", "instruction"))
+    )
     return (
-        f"### {title}: {_code(base['task_id'])} ({_code(base['slice'])}, rule {_code(base['rule'])})\n\n"
-        f"Instruction: {_code(base['instruction'])}\n\n"
+        f"### {title}: {task} ({slice_name}, rule {rule})\n\n"
+        f"Instruction: {instruction}\n\n"
         f"<table><tr>{heads}</tr>\n<tr>{cells}</tr></table>"
     )
 
@@ -298,20 +259,6 @@ def _trace_text(text: str) -> str:
     shown = text if len(text) <= _SHOWN_TRACE else text[:_SHOWN_TRACE] + f"... ({len(text)} characters)"
     # A blank line would end the HTML block, and what follows would be read as Markdown.
     return html.escape(shown).replace("\r", "").replace("\n", "<br>")
-
-
-def _code(text: str) -> str:
-    return f"<code>{html.escape(' '.join(text.split()))}</code>"
-
-
-def _interval(values: Sequence[float]) -> str:
-    return str(bootstrap_ci(values)) if values else "-"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _save_figure(figure: Figure, path: Path) -> None:

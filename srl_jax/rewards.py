@@ -238,6 +238,18 @@ def match_set_f1(student: Collection[Hashable], teacher: Collection[Hashable]) -
     return 2 * len(ours & theirs) / (len(ours) + len(theirs))
 
 
+def match_set_precision_recall(student: Collection[Hashable], teacher: Collection[Hashable]) -> tuple[float, float]:
+    """Shares of the student's places that are the teacher's, and of the teacher's that are the student's.
+
+    Both are 1 when both sets are empty, and 0 when one is: a pattern that matches nothing is not precise.
+    """
+    ours, theirs = set(student), set(teacher)
+    if not ours and not theirs:
+        return 1.0, 1.0
+    common = len(ours & theirs)
+    return common / max(len(ours), 1), common / max(len(theirs), 1)
+
+
 def _present(action: Action) -> set[str]:
     fields = {
         "language": action.language is not None,

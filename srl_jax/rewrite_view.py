@@ -8,7 +8,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from srl_jax.rewrite import Proposal
+from srl_jax.proposals import Proposal
 from srl_jax.trace import render_action, render_state
 
 _SHOWN = 60  # characters of a pattern in the table; the first proposal follows in full
@@ -29,7 +29,7 @@ def show(console: Console, proposals: Sequence[Proposal]) -> None:
             str(sum(result.matches.values())),
             result.status.value,
             _tests(proposal),
-            f"{proposal.logprob:.3f}",
+            "-" if proposal.logprob is None else f"{proposal.logprob:.3f}",
             Text(_short(action.pattern)),
             Text(_short(action.replacement)),
         )

@@ -123,6 +123,7 @@ def make_batch(student: Student, arrays: dict[str, np.ndarray], advantages: np.n
         grammar_states(student, tokens),
         put(arrays["logprobs"]),
         put(advantages.astype(np.float32)),
+        kept=put(arrays["kept"]) if "kept" in arrays else None,
     )
 
 
@@ -163,6 +164,8 @@ def sample_groups(
     )
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
     arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
+    if drawn.kept is not None:
+        arrays["kept"] = np.asarray(drawn.kept)
     timing["rollout"] += time.perf_counter() - started
     timing["tokens"] += int(arrays["mask"].sum())
 
@@ -232,9 +235,12 @@ def collect_rollouts(
     live = np.asarray([i in set(kept) for i in chosen])
     started = time.perf_counter()
     coefficient = c.kl_coef if kl_coef is None else kl_coef
-    batch, features = _weigh(student, lora, used, live, config, settings, coefficient, value)
+    batch, features, gap = _weigh(student, lora, used, live, config, settings, coefficient, value)
     timing["reference"] += time.perf_counter() - started
-    return Rollout(batch, rollout_metrics(drawn, kept, skipped, timing), drawn, used, features)
+    metrics = rollout_metrics(drawn, kept, skipped, timing)
+    if gap is not None:
+        metrics["logprob_gap"] = gap
+    return Rollout(batch, metrics, drawn, used, features)
 
 
 def _weigh(
@@ -246,8 +252,11 @@ def _weigh(
     settings: StepSettings,
     kl_coef: float,
     value: dict | None,
-) -> tuple[TrainBatch, jax.Array | None]:
-    """The batch of groups of which only the `live` ones are trained on, and the value head's features."""
+) -> tuple[TrainBatch, jax.Array | None, float | None]:
+    """The batch of groups of which only the `live` ones are trained on, and the value head's features.
+
+    Last, where the batch's old log-probs are not the sampler's, how far they are from those: the update cannot tell.
+    """
     c = config.grpo
     arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
     batch = make_batch(student, arrays, np.zeros(used.valid.shape))
@@ -276,7 +285,10 @@ def _weigh(
     advantages = advantages * live.reshape(-1, *[1] * (advantages.ndim - 1))
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
     batch = batch._replace(advantages=put(advantages.astype(np.float32)))
+    gap = None
     if c.importance_cap:
+        apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
+        gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
         weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, c.importance_cap)
         batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
     if settings.kl_in_loss not in (None, "exact"):
@@ -285,4 +297,4 @@ def _weigh(
         imitated = np.zeros(used.valid.shape, bool)
         imitated[:, -1] = True
         batch = batch._replace(imitated=put(imitated))
-    return batch, features
+    return batch, features, gap

@@ -1,7 +1,8 @@
 """Sampling completions under the trace grammar: one shared prefill, then a jitted decode loop.
 
-The distribution sampled is the model's, renormalised over the tokens the grammar allows, at the sampling
-temperature; the log-probs returned are those of that same distribution, so training uses exactly what was sampled.
+The distribution sampled is the model's, renormalised over the tokens that the grammar allows and top-k and top-p keep,
+at the sampling temperature; the log-probs returned are those of that same distribution, and what was kept is returned
+with them, so training uses exactly what was sampled.
 No host call is made per token: the loop comes back to the host only when slots have become free for waiting prompts, or
 when so few rows are left that a smaller batch finishes them sooner.
 """
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
 from srl_jax.model.decoder import Decoder, Prefix, encode_prompts, init_cache, logits
+from srl_jax.truncation import NOTHING, keep_likeliest
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
 # Below so many rows a decode step costs what reading the weights costs, so a still smaller batch gains nothing.
@@ -34,25 +36,35 @@ class SamplingConfig:
       temperature: divides the logits; 0 is greedy.
       drafts: tokens guessed ahead at every step by prompt look-up (see `look_up`) and checked together. They change
         what a step costs and how many tokens it may bring, never which tokens.
+      top_k, top_p: what of the distribution is kept (see `truncation`); 0 keeps all of it. Greedy takes no notice.
     """
 
     max_new_tokens: int
     max_think_tokens: int = 512
     temperature: float = 1.0
     drafts: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Kept ids stored with each token; 0: the distribution is whole."""
+        return self.top_k if self.temperature > 0 else 0
 
 
 class Completions(NamedTuple):
     """What was sampled. `mask` is 1 on tokens of the completion, its closing tag included; padding follows.
 
     `finished` tells completions that reached their end from those that the budget cut off, which only happens without
-    the grammar.
+    the grammar. `kept` are the ids that each token was drawn from, `truncation.NOTHING` behind the last; None where the
+    distribution was whole.
     """
 
     tokens: Int[Array, "P G T"]
     mask: Bool[Array, "P G T"]
     logprobs: Float[Array, "P G T"]
     finished: Bool[Array, "P G"]
+    kept: Int[Array, "P G T k"] | None = None
 
 
 def row_keys(key: Array, rows: int) -> Array:
@@ -118,9 +130,10 @@ class Flight(NamedTuple):
     done: Bool[Array, "B"]
     tokens: Int[Array, "B T"]
     logprobs: Float[Array, "B T"]
+    kept: Int[Array, "B T k"] | None
 
 
-_ROW_FIELDS = ("keys", "token", "state", "age", "done", "tokens", "logprobs")
+_ROW_FIELDS = ("keys", "token", "state", "age", "done", "tokens", "logprobs", "kept")
 
 
 @partial(jax.jit, static_argnames=("decoder", "group_size", "settings", "pad_id"))
@@ -151,6 +164,7 @@ def prefill(
         done=jnp.zeros((b,), bool),
         tokens=jnp.full((b, t_max), pad_id, jnp.int32),
         logprobs=jnp.zeros((b, t_max), jnp.float32),
+        kept=jnp.full((b, t_max, settings.width), NOTHING, jnp.int32) if settings.width else None,
     )
 
 
@@ -186,7 +200,7 @@ def decode(
         for i in range(inputs.shape[1]):
             scores = logits(decoder.config, variables["params"], hidden[:, i])
             scores = jnp.where(grammar.allowed_tokens(automaton, flight.state), scores, -jnp.inf)
-            chosen, logprob = _choose(scores, flight.keys, flight.age, settings.temperature)
+            chosen, logprob, kept = _choose(scores, flight.keys, flight.age, settings)
             # A closed row writes nowhere and keeps its state; what it would do with padding must not matter.
             at = (jnp.arange(rows), jnp.where(open_, flight.age, _FAR))
             following = grammar.advance(automaton, flight.state, chosen)
@@ -198,6 +212,7 @@ def decode(
                 done=flight.done | grammar.is_done(automaton, state),
                 tokens=flight.tokens.at[at].set(chosen, mode="drop"),
                 logprobs=flight.logprobs.at[at].set(logprob, mode="drop"),
+                kept=None if kept is None else flight.kept.at[at].set(kept, mode="drop"),
             )
             if i < drafts.shape[1]:
                 # What was drawn after a wrong guess saw that guess: the row waits for the next step.
@@ -233,11 +248,14 @@ def _drafts(flight: Flight, count: int) -> Int[Array, "B count"]:
 
 
 def _choose(
-    scores: Float[Array, "B V"], keys: Array, age: Int[Array, "B"], temperature: float
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Each row's next token from its masked logits, and that token's log-prob."""
-    greedy = temperature == 0.0
-    scores = scores if greedy else scores / temperature
+    scores: Float[Array, "B V"], keys: Array, age: Int[Array, "B"], settings: SamplingConfig
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Int[Array, "B k"] | None]:
+    """Each row's next token from its masked logits, that token's log-prob, and the ids it was drawn from."""
+    greedy = settings.temperature == 0.0
+    scores = scores if greedy else scores / settings.temperature
+    kept = None
+    if settings.width:
+        scores, kept = keep_likeliest(scores, settings.top_k, settings.top_p)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     if greedy:
@@ -246,7 +264,10 @@ def _choose(
         uniforms = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n), (2,)))
         chosen = draw(weights, uniforms(keys, age))
     score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
-    return chosen.astype(jnp.int32), score - top[:, 0] - jnp.log(weights.sum(axis=-1))
+    logprob = score - top[:, 0] - jnp.log(weights.sum(axis=-1))
+    if kept is not None:
+        chosen = jnp.take_along_axis(kept, chosen[:, None], axis=-1)[:, 0]
+    return chosen.astype(jnp.int32), logprob, kept
 
 
 @partial(jax.jit, donate_argnames=("flight",))
@@ -341,6 +362,8 @@ def sample(
         if not alive.any() and not waiting and not out:
             return drawn
         for name, array in drawn._asdict().items():
+            if array is None:
+                continue
             whole = out.setdefault(name, np.zeros((count * group_size, *array.shape[2:]), array.dtype))
             whole[origin[~alive]] = np.asarray(array)[~alive]
         if waiting:
@@ -377,5 +400,5 @@ def _completions(automaton: grammar.TokenAutomaton, flight: Flight, slots: int) 
     """What the rows of `flight` have drawn so far, by slot."""
     columns = jnp.arange(flight.tokens.shape[1])[None, :]
     finished = flight.state.state == automaton.end_state
-    flat = Completions(flight.tokens, columns < flight.age[:, None], flight.logprobs, finished)
+    flat = Completions(flight.tokens, columns < flight.age[:, None], flight.logprobs, finished, flight.kept)
     return jax.tree.map(lambda x: x.reshape(slots, -1, *x.shape[1:]), flat)

@@ -78,7 +78,8 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
             metrics["seconds/record"] = time.perf_counter() - recording
     updating = time.perf_counter()
     passes = 1 if config.method == "sft" else config.grpo.epochs
-    metrics |= _update(run, batch, settings, coefficient, passes)
+    # A rollout whose log-probs were all computed anew has told its gap to the sampler itself.
+    metrics = _update(run, batch, settings, coefficient, passes) | metrics
     work.trained += passes * flops.positions(batch)
     if rollout is not None and rollout.features is not None:
         rewards, valid = np.nan_to_num(rollout.used.column("total")), rollout.used.valid

@@ -53,6 +53,11 @@ class Student:
             return {"params": self.params, "lora": lora}
         return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
 
+    def without_grammar(self) -> "Student":
+        """The same model, sampled over its whole vocabulary until the end of a trace."""
+        free = grammar.free_automaton(self.tokenizer, vocab_size=self.decoder.config.vocab_size)
+        return dataclasses.replace(self, automaton=jax.device_put(free, sharding.replicated(self.mesh)))
+
 
 _merge = jax.jit(merge_lora, static_argnames=("scale",))
 
@@ -184,6 +189,8 @@ def _assemble(
         config.sampling.max_think_tokens,
         config.sampling.temperature,
         config.sampling.drafts,
+        config.sampling.top_k,
+        config.sampling.top_p,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import Interval, bootstrap_ci, paired_bootstrap_ci
-from srl_jax.report import load_evaluation, markdown_table
+from srl_jax.report import load_evaluation
+from srl_jax.report_tables import code, markdown_table
 from srl_jax.sweep import Job
 
 _Items = Mapping[tuple[int, str], Mapping[str, Any]]  # (seed, task id) -> item
@@ -42,6 +43,11 @@ def write_sweep_report(jobs: Sequence[Job], out: Path) -> Path:
         "[95 % bootstrap interval over rules] on held-out tasks.",
         markdown_table(heads, rows),
     ]
+    slices = sorted({item["slice"] for items in student.values() for item in items.values()})
+    if len(slices) > 1:
+        for title, field in (("Reward", "reward"), ("Execution success", "success")):
+            means = [[f"`{cell}`", *(_mean(_of(items, n), field) for n in slices)] for cell, items in student.items()]
+            sections += [f"## {title} by slice", markdown_table(["cell", *map(code, slices)], means)]
     drawn = {cell: _interval(items, "reward") for cell, items in student.items() if items}
     if drawn:
         (out / "plots").mkdir(parents=True, exist_ok=True)
@@ -62,6 +68,10 @@ def _answers(jobs: Sequence[Job], cell: str, name: str) -> _Items:
         if job.cell == cell and job.status["state"] == "done"
         for item in load_evaluation(job.workdir / f"eval_{name}.json")["items"]
     }
+
+
+def _of(items: _Items, name: str) -> _Items:
+    return {key: item for key, item in items.items() if item["slice"] == name}
 
 
 def _interval(items: _Items, field: str) -> Interval | None:

@@ -17,6 +17,7 @@ from srl_jax.groups import Groups
 from srl_jax.rewards import Reward, combine
 from srl_jax.sandbox.service import Score
 from srl_jax.student import Student, pad_prompts
+from srl_jax.truncation import NOTHING
 
 
 def trace_ids(student: Student, trace: str) -> list[int] | None:
@@ -68,6 +69,8 @@ def with_teachers(student: Student, groups: Groups, config: TrainConfig) -> Grou
     nothing = np.zeros((len(ids), 1, width), np.float32)
     rows = {"tokens": tokens[:, None], "mask": mask[:, None] & allowed[:, None, None]}
     rows |= {"logprobs": nothing, "ref": nothing, "finished": allowed[:, None]}
+    if "kept" in groups.arrays:  # nobody drew it from a truncated distribution
+        rows["kept"] = np.full((len(ids), 1, *groups.arrays["kept"].shape[2:]), NOTHING, np.int32)
     return Groups(
         groups.records,
         [[*texts, record.trace] for texts, record in zip(groups.texts, groups.records, strict=True)],

@@ -94,7 +94,7 @@ def train(
     it was in the end.
 
     Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises,
-    `Diverged` when update after update was not finite, and `NotReproduced`.
+    `Diverged` when update after update was not finite or sampler and trainer disagree, and `NotReproduced`.
     """
     with StopRequested() as stop, Run(config, workdir) as run:
         resumed = run.resume()
@@ -202,6 +202,7 @@ def _loop(
             if done.metrics["skipped"]:
                 writer.note(f"step {step}: loss or gradient not finite, update skipped; see {run.workdir / BROKEN}")
             control.check_broken(run.control, config, run.workdir / BROKEN)
+            control.check_gap(run.control, config)
         if run.control.stopped and step < config.steps:
             writer.note(f"training ends at step {step} of {config.steps}: {run.control.stopped}")
         save()

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from srl_jax import grammar, grpo
 from srl_jax.logprobs import TokenLogprobs, token_logprobs
 from srl_jax.model.decoder import Decoder, completion_hidden, head
+from srl_jax.truncation import restrict
 
 
 class TrainState(NamedTuple):
@@ -42,6 +43,7 @@ class TrainBatch(NamedTuple):
     ref_logprobs: Float[Array, "P G T"] | None = None  # for an estimated KL in the loss
     token_weights: Float[Array, "P G T"] | None = None  # truncated importance weights
     imitated: Bool[Array, "P G"] | None = None  # rows that no policy of ours sampled
+    kept: Int[Array, "P G T k"] | None = None  # what each token was drawn from, where top-k truncates (truncation.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def policy_logprobs(
     entropy_gradient: bool = False,
     kl_gradient: bool = False,
 ) -> TokenLogprobs:
-    """Log-probs and entropies [P, G, T] of a batch's completions under the grammar-constrained policy.
+    """Log-probs and entropies [P, G, T] of a batch's completions under the policy as it is sampled.
 
     The policy when `variables` holds `lora`, the frozen reference when it does not: one code path, so that their
     difference at B = 0 is exactly zero. `with_reference` adds the reference's log-probs and the exact KL, for another
@@ -113,8 +115,8 @@ def policy_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         head(variables["params"]),
         batch.completions.reshape(-1),
-        allowed_from=partial(grammar.allowed_tokens, automaton),
-        constraint=jax.tree.map(lambda x: x.reshape(-1), batch.states),
+        allowed_from=partial(_allowed, automaton),
+        constraint=jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (batch.states, batch.kept)),
         temperature=temperature,
         reference_hidden=reference,
         softcap=decoder.config.final_softcap,
@@ -124,6 +126,15 @@ def policy_logprobs(
         kl_gradient=kl_gradient,
     )
     return jax.tree.map(lambda x: x.reshape(shape), flat)
+
+
+def _allowed(
+    automaton: grammar.TokenAutomaton, constraint: tuple[grammar.GrammarState, Int[Array, "n k"] | None]
+) -> Bool[Array, "n V"]:
+    """The support of the distribution that each of n tokens was drawn from."""
+    state, kept = constraint
+    allowed = grammar.allowed_tokens(automaton, state)
+    return allowed if kept is None else restrict(allowed, kept)
 
 
 def _micro_batches(batch: TrainBatch, size: int) -> TrainBatch:

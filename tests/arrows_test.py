@@ -19,18 +19,21 @@ ACCELERATOR_STACK = {"jax", "jaxlib", "flax", "optax", "orbax", "qwix"}
 HOST_SIDE = (
     "srl_jax.trace", "srl_jax.records", "srl_jax.rewards", "srl_jax.embedding", "srl_jax.tokenizer",
     "srl_jax.assets", "srl_jax.config", "srl_jax.control", "srl_jax.replay", "srl_jax.metrics", "srl_jax.intervals",
-    "srl_jax.report", "srl_jax.sandbox", "data_pipeline",
+    "srl_jax.report", "srl_jax.measures", "srl_jax.episodes", "srl_jax.proposals", "srl_jax.rewrite_step",
+    "srl_jax.sandbox", "data_pipeline",
 )  # fmt: skip
 # How launch files end; it knows every module's errors.
 ENTRY = {"launch", "srl_jax.cli"}
 # The loop and its two halves -> who may import each besides the entry points.
 UPPER = {
     "srl_jax.train": set(),
-    "srl_jax.evaluate": {"srl_jax.train"},
+    "srl_jax.evaluate_run": set(),
+    "srl_jax.passes": {"srl_jax.evaluate_run"},
+    "srl_jax.evaluate": {"srl_jax.train", "srl_jax.passes", "srl_jax.evaluate_run"},
     "srl_jax.steps": {"srl_jax.train", "srl_jax.step_profile"},
     "srl_jax.rollout": {
         "srl_jax.train", "srl_jax.steps", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft", "srl_jax.replay_step",
-        "srl_jax.bench.ours", "srl_jax.step_profile",
+        "srl_jax.bench.ours", "srl_jax.evaluate_run", "srl_jax.step_profile",
     },
 }
 # Programs that run inside the sandbox: they act when imported.

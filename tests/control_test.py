@@ -6,7 +6,7 @@ import pytest
 
 from srl_jax import control
 from srl_jax.config import TrainConfig
-from srl_jax.control import ControlState, Diverged, after_evaluation, after_step, check_broken, kl_coef
+from srl_jax.control import ControlState, Diverged, after_evaluation, after_step, check_broken, check_gap, kl_coef
 
 
 def configured(**changes) -> TrainConfig:
@@ -93,6 +93,33 @@ def test_updates_that_are_not_finite_end_the_run_only_in_a_row():
     check_broken(state, config, "here")
     with pytest.raises(Diverged, match=r"2 updates in a row .* The batches are in here; lower optim.learning_rate"):
         check_broken(after_step(state, broken, config), config, "here")
+
+
+def test_a_sampler_that_left_the_trainer_ends_the_run_only_in_a_row():
+    config = configured(gap_stop=0.05, gap_steps=2)
+    told = lambda state, *gaps: [state := after_step(state, {"logprob_gap": gap}, config) for gap in gaps][-1]
+    state = told(ControlState(), 0.06, 0.05, 0.0501)  # the bound itself is within it
+    assert state.apart == 1 and state.gap == 0.0501
+    check_gap(state, config)
+    assert told(state, 0.0, None, float("nan")) == state, "a step that measured nothing neither counts nor clears"
+    state = told(state, 0.3)
+    with pytest.raises(Diverged, match=r"for 2 steps in a row .* 0.3 apart per token .* control.gap_stop=0.05"):
+        check_gap(state, config)
+    check_gap(told(state, 1e-6), config)
+    config.control.gap_stop = 0.0
+    check_gap(state, config)
+
+
+def test_the_canary_is_on_unless_it_is_turned_off_and_knows_what_is_on_policy():
+    config = TrainConfig(steps=100)
+    state = ControlState()
+    for _ in range(3):
+        check_gap(state, config)
+        state = after_step(state, {"logprob_gap": 0.2}, config)
+    with pytest.raises(Diverged, match="for 3 steps"):
+        check_gap(state, config)
+    config.method = "replay"  # whose log-probs are an older policy's, as they should be
+    assert after_step(ControlState(), {"logprob_gap": 0.2}, config).apart == 0
 
 
 def test_the_state_survives_json():

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from srl_jax.evaluate import NothingToEvaluate, evaluate, evaluated_before, fitting_tasks, write_json
+from srl_jax.evaluate import NothingToEvaluate, evaluate, evaluated_before, fitting_tasks
+from srl_jax.evaluation import write_json
 from srl_jax.report import write_report
 from srl_jax.sandbox.service import RewardService
 from srl_jax.trace import parse_trace

@@ -1,7 +1,9 @@
 """The trace grammar: what it accepts parses, what it must accept it accepts, and no budget is a dead end."""
 
+import dataclasses
 import json
 import re
+import time
 from functools import partial
 
 import jax
@@ -12,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srl_jax import assets, grammar
-from srl_jax.grammar_compile import TokenTables, trace_tables
+from srl_jax.bench.masking import widened
+from srl_jax.grammar_compile import BLOCK, TokenTables, trace_tables
 from srl_jax.grammar_dfa import GrammarConfig, build_trace_automaton
 from srl_jax.grammar_strings import NO_EFFECT, Effect, compose
 from srl_jax.tokenizer import load_tokenizer
@@ -571,6 +574,31 @@ def test_cache_is_used_and_survives_damage(tiny, tmp_path):
 def test_tables_are_small(smollm2, cache):
     automaton = Compiled(smollm2, cache).automaton
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(automaton)) < 1_000_000
+
+
+def test_tables_of_152k_tokens_are_small_and_quickly_built(smollm2, tmp_path):
+    vocabulary = widened(smollm2, 151_936)
+    began = time.process_time()  # of this process alone, whatever else the machine does
+    automaton = grammar.compile_grammar(vocabulary, cache_dir=tmp_path)
+    assert time.process_time() - began < 3.0
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(automaton)) < 1_000_000
+
+
+def test_next_states_by_blocks_are_those_of_the_whole_table(tiny, tmp_path):
+    """By row for the masks, by entry for advancing; behind the end only its own loop is left."""
+    tables = trace_tables(tiny.tokenizer, CONFIG, tmp_path)
+    states, classes = tables.next_state.shape
+    whole = np.asarray(tiny.automaton.following(jnp.arange(states)))
+    np.testing.assert_array_equal(whole, tables.next_state)
+    assert classes % BLOCK == 0 and len(tables.blocks) < states * classes / BLOCK / 4
+    token_class = tables.class_of_kind[tables.kind_of_token]
+    start = grammar.initial_state(tiny.automaton, states, 1000, 500)
+    for token in (5, 77, *tiny.tokenizer.encode(ORACLES[3])[:20:3]):
+        state = dataclasses.replace(start, state=jnp.arange(states))
+        after = grammar.advance(tiny.automaton, state, jnp.full(states, token))
+        np.testing.assert_array_equal(after.state, tables.next_state[:, token_class[token]])
+    end = tiny.automaton.end_state
+    assert np.flatnonzero(whole[end]).tolist() == [token_class[tiny.tokenizer.eos_id]]
 
 
 def test_vocabularies_that_cannot_spell_a_trace_are_refused(tmp_path):

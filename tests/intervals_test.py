@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srl_jax.intervals import Interval, bootstrap_ci, paired_bootstrap_ci
+from srl_jax.intervals import Interval, bootstrap_ci, paired_bootstrap_ci, sign_flip_p
 
 finite = st.floats(-1e3, 1e3)
 
@@ -83,3 +83,50 @@ def test_unequal_lengths_are_errors():
         paired_bootstrap_ci([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="2 values but 1 cluster labels"):
         bootstrap_ci([1.0, 2.0], clusters=["a"])
+
+
+class TestSignFlips:
+    @pytest.mark.parametrize(
+        ("differences", "p"),
+        [
+            ([1, 1, 1], 2 / 8),  # of +++ to ---, only the two ends are as far from 0
+            ([1, 1, -1], 1.0),  # the sums are 1 and 3: all are as far
+            ([2, 1, 1], 2 / 8),
+            ([3, 1, -1], 6 / 8),  # 3 +- 1 +- 1 is 5, 3, 3 or 1: one of four is nearer to 0
+            ([0, 0], 1.0),
+            ([5], 1.0),  # one pair can tell nothing
+            ([1] * 10, 2 / 1024),
+        ],
+    )
+    def test_small_cases_by_hand(self, differences, p):
+        assert sign_flip_p([0.0] * len(differences), differences) == pytest.approx(p)
+        assert sign_flip_p(differences, [0.0] * len(differences)) == pytest.approx(p), "two-sided"
+
+    def test_drawn_flips_agree_with_all_flips(self):
+        differences = np.random.default_rng(0).normal(0.3, 1.0, size=12)
+        exact = sign_flip_p(np.zeros(12), differences)
+        # A thirteenth pair without a difference changes no sum, and is one too many for all flips.
+        drawn = sign_flip_p(np.zeros(13), [*differences, 0.0])
+        assert 0.02 < exact < 0.98 and drawn == pytest.approx(exact, abs=0.02)
+        assert drawn == sign_flip_p(np.zeros(13), [*differences, 0.0]), "the same every time"
+
+    def test_a_plain_difference_is_found_and_p_is_never_zero(self):
+        assert sign_flip_p([0.0] * 40, [1.0] * 40) == 1 / 10_001
+
+    def test_no_difference_is_found_as_often_as_it_says(self):
+        rng = np.random.default_rng(1)
+        found = [sign_flip_p(np.zeros(10), rng.normal(size=10)) <= 0.05 for _ in range(400)]
+        assert 0.02 <= np.mean(found) <= 0.09  # binomial spread is 1.1 % each way
+
+    def test_copies_in_a_cluster_count_once(self):
+        assert sign_flip_p([0.0] * 9, [1.0] * 9, clusters=list("aaabbbccc")) == pytest.approx(2 / 8)
+
+    def test_what_is_no_pairing_is_an_error(self):
+        with pytest.raises(ValueError, match="1 values before and 2 after"):
+            sign_flip_p([1.0], [1.0, 2.0])
+        with pytest.raises(ValueError, match="0 values before and 0 after"):
+            sign_flip_p([], [])
+        with pytest.raises(ValueError, match="finite"):
+            sign_flip_p([1.0], [float("nan")])
+        with pytest.raises(ValueError, match="2 values but 1 cluster labels"):
+            sign_flip_p([1.0, 2.0], [1.0, 2.0], clusters=["a"])

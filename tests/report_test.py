@@ -196,3 +196,83 @@ def test_what_cannot_be_reported_is_one_error(workdir, content, message):
     with pytest.raises(ReportError, match=message):
         write_report(workdir)
     assert not (workdir / "report.md").exists()
+
+
+def deep(number: int, reward: float, **changes: object) -> dict:
+    """An item of an evaluation with samples and kinds."""
+    answer = lambda success: {"reward": reward, "rejection": None, "success": success, "kl": 0.25}
+    values = {
+        "language": "python", "source": "real" if number < 4 else "generated", "step": 2 if number < 2 else None,
+        "rule_seen": False, "action_tokens": 30, "match_precision": 0.5, "match_recall": 1.0,
+        "sampled": [answer(True), answer(False)],
+        "free": [answer(False), {**answer(False), "reward": -0.2, "rejection": "missing_tag"}],
+    }  # fmt: skip
+    return item(number, reward, **{**values, **changes})
+
+
+def test_samples_kinds_and_match_sets_have_their_rows(workdir):
+    write_evaluation(workdir, "base", [deep(n, 0.3) for n in range(10)])
+    write_evaluation(workdir, "student", [deep(n, 0.5 if n < 4 else 0.2) for n in range(10)])
+    text = write_report(workdir).read_text()
+    assert [cell[:5] for cell in table_row(text, "sampled: pass@1")] == ["0.500", "0.500", "0.000"]
+    assert [cell[:5] for cell in table_row(text, "sampled: pass@2")] == ["1.000", "1.000", "0.000"]
+    assert "sampled: pass@4" not in text, "a row that nobody has is left out"
+    assert table_row(text, "without the grammar: parse rate")[0].startswith("0.500")
+    assert [table_row(text, f"match-set {name}")[0][:5] for name in ("precision", "recall")] == ["0.500", "1.000"]
+    assert table_row(text, "missing_tag (free)") == ["10", "10"]
+    kinds = text.split("## By kind of task")[1]
+    # tasks, reward of base and student, the difference, success of base and student
+    real = table_row(kinds, "code: real")
+    assert real[0] == "4" and real[3].startswith("0.200 [0.200, 0.200], p = 0.125")  # 2 of 2^4 flips
+    assert table_row(kinds, "code: synthetic")[3].startswith("-0.100 [-0.100, -0.100], p = 0.031")  # 2 of 2^6
+    assert table_row(kinds, "place: step 2 of an episode")[0] == "2"
+    assert table_row(kinds, "rule: held out")[0] == "10" and "seen in training" not in text
+
+
+def test_the_verdict_comes_with_a_paired_test(workdir):
+    text = write_report(workdir).read_text()
+    # Ten gains, all above 0: the two extreme flips of 2^10, and of 2^3 where whole rules are flipped.
+    assert "Sign-flip test of the paired differences: p = 0.002; flipping whole rules: p = 0.250." in text
+
+
+def test_tasks_of_seen_rules_stand_beside_the_held_out_ones_and_nowhere_else(workdir):
+    write_evaluation(workdir, "base", [deep(n, 0.3) for n in range(10)])
+    write_evaluation(workdir, "student", [deep(n, 0.4) for n in range(10)])
+    for name, reward in (("base", 0.3), ("student", 0.9)):
+        write_evaluation(workdir, name + "_x", [deep(n, reward, rule_seen=True) for n in range(20, 25)])
+        (workdir / f"eval_{name}_x.json").rename(workdir / f"seen_{name}.json")
+    text = write_report(workdir).read_text()
+    assert table_row(text, "reward")[1].startswith("0.400 ["), "the headline is of held-out tasks"
+    kinds = text.split("## By kind of task")[1]
+    assert table_row(kinds, "rule: held out")[:3] == ["10", "0.300 [0.300, 0.300]", "0.400 [0.400, 0.400]"]
+    assert table_row(kinds, "rule: seen in training")[:3] == ["5", "0.300 [0.300, 0.300]", "0.900 [0.900, 0.900]"]
+    assert table_row(kinds, "language: python")[0] == "10"
+    assert "may have been trained on themselves" in text
+
+
+def test_episodes_stand_beside_the_same_steps_alone(workdir):
+    steps = [
+        {"episode_id": episode, "step": step, "steps": 2, "task_id": f"task-0{2 * number + step}",
+         "reward": 0.5 / step, "success": success}
+        for number, (episode, ends) in enumerate({"a": (True, False), "b": (True, True), "c": (True, None)}.items())
+        for step, success in enumerate(ends, 1)
+    ]  # fmt: skip
+    items = [item(n, 0.7) for n in range(10)]
+    content = {"name": "student", "config": {}, "metrics": {}, "items": items, "episodes": steps}
+    (workdir / "eval_student.json").write_text(json.dumps(content))
+    part = write_report(workdir).read_text().split("## Episodes")[1]
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| student |")]
+    assert [row[1] for row in rows] == ["1", "2", "3"]
+    assert [cell[:5] for cell in rows[0][2:]] == ["3", "0.500", "0.700", "1.000", "1.000"]
+    assert [cell[:5] for cell in rows[1][2:]] == ["3", "0.250", "0.700", "0.500", "1.000"]  # one end is unknown
+    assert rows[2][2].startswith("0.500 ["), "of the two episodes whose end is known, one succeeds throughout"
+
+
+def test_time_is_told_where_it_is_known(workdir):
+    content = json.loads((workdir / "eval_student.json").read_text())
+    content["metrics"] = {"seconds": 10.0, "seconds_by_part": {"rollout": 7.5, "reward_wait": 2.0}}
+    content["passes"] = {"sampled": {"count": 8, "seconds": 61.25, "seconds_by_part": {}}}
+    (workdir / "eval_student.json").write_text(json.dumps(content))
+    text = write_report(workdir).read_text()
+    assert "| student | greedy | 10.0 | rollout 7.5, reward_wait 2 |" in text
+    assert "| student | sampled | 61.2 | - |" in text

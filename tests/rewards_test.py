@@ -13,6 +13,7 @@ from srl_jax.rewards import (
     brevity_cost,
     combine,
     match_set_f1,
+    match_set_precision_recall,
     score_trace,
     state_overlap,
     think_similarity,
@@ -273,6 +274,14 @@ def test_match_set_f1():
     assert match_set_f1([("a.py", 0, 3)], []) == 0.0
     assert match_set_f1([("a.py", 0, 3), ("a.py", 9, 12)], [("a.py", 0, 3)]) == pytest.approx(2 / 3)
     assert match_set_f1(range(1000), [1]) == pytest.approx(2 / 1001)
+
+
+def test_match_set_precision_and_recall():
+    assert match_set_precision_recall([], []) == (1.0, 1.0)
+    assert match_set_precision_recall([], [1]) == match_set_precision_recall([1], []) == (0.0, 0.0)
+    # Three places, two of them right, of four that are wanted: 2/3 and 2/4, whose harmonic mean is 4/7.
+    assert match_set_precision_recall([1, 2, 9], [1, 2, 3, 4]) == (pytest.approx(2 / 3), 0.5)
+    assert match_set_f1([1, 2, 9], [1, 2, 3, 4]) == pytest.approx(4 / 7)
 
 
 text = st.text(st.sampled_from("abc$( é"), min_size=1, max_size=12)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,19 @@ import pytest
 from rich.console import Console
 
 from srl_jax import rewrite, rewrite_view
+from srl_jax.config import ConfigError, TrainConfig
 from srl_jax.evaluation import write_json
+from srl_jax.exported import load_exported
+from srl_jax.model.export import export_adapter, export_merged
+from srl_jax.model.hf import BadWeights
+from srl_jax.proposals import Request, TestBench, judge
 from srl_jax.relevance import Place
-from srl_jax.rewrite import Request, TestBench, draw_traces, judge, prompt_tasks
+from srl_jax.rewrite import draw_traces, prompt_tasks
 from srl_jax.run import Run
 from srl_jax.sandbox import Sandbox, Status
 from srl_jax.trace import Action, StateUpdate, Trace, render_action
 from srl_jax.worktree import DirectoryError
-from tests.fakes import teacher_record, tiny_config, tiny_student
+from tests.fakes import perturbed, teacher_record, tiny_config, tiny_student
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -197,7 +203,7 @@ from srl_jax import rewrite
 from srl_jax.sandbox import Sandbox
 from tests.rewrite_test import SHOWN, trace
 
-def propose(config, workdir, request):
+def propose(config, path, request):
     traces = [(SHOWN, trace(), -0.5), (SHOWN, trace(pattern="gone"), -0.1)]
     with Sandbox() as sandbox:
         return rewrite.judge(traces, request.files, sandbox, None)
@@ -248,11 +254,79 @@ def test_a_step_is_applied_and_its_state_kept_for_the_next(workdir, tree):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--apply"], "add --yes"), (["--directory=/nonexistent"], "not a directory"), (["--tests=rspec"], "rspec")],
+    [
+        (["--apply"], "add --yes"),
+        (["--model=x"], "workdir"),
+        (["--directory=/nonexistent"], "not a directory"),
+        (["--tests=rspec"], "rspec"),
+    ],
 )
 def test_mistakes_are_one_line(workdir, tree, options, message):
     done = command(workdir, tree, *options)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    config = tiny_config()
+    with Run(config, folder / "run") as run:
+        lora = perturbed(run.state.lora)
+        model = (run.student.decoder, run.student.params, lora, run.student.tokenizer)
+        export_merged(folder / "merged", *model, settings=config.to_dict())
+        export_adapter(folder / "adapter", *model, base=config.model.source, settings=config.to_dict())
+        yield folder, run.student, lora
+
+
+class TestExported:
+    """What `launch/export.py` writes proposes what the run itself does."""
+
+    @pytest.mark.parametrize("form", ["merged", "adapter"])
+    def test_it_draws_what_the_run_draws(self, exported, form):
+        folder, student, lora = exported
+        config, loaded, adapters = load_exported(folder / form)
+        assert (adapters is None) == (form == "merged")
+        assert config.sampling == tiny_config().sampling and config.data.few_shot == 0
+        assert loaded.tokenizer.tag_ids == student.tokenizer.tag_ids
+        request = Request("Call `add_all` no more.", FILES)
+        prompts = [ids for _, ids in prompt_tasks(student, config, request)]
+        assert [ids for _, ids in prompt_tasks(loaded, config, request)] == prompts
+        theirs = draw_traces(loaded, adapters, prompts, config, 3, seed=1)
+        ours = draw_traces(student, lora, prompts, config, 3, seed=1)
+        assert [[trace for trace, _ in some] for some in theirs] == [[trace for trace, _ in some] for some in ours]
+        assert [p for some in theirs for _, p in some] == pytest.approx([p for some in ours for _, p in some], abs=1e-4)
+
+    def test_proposals_come_of_it_and_the_lack_of_settings_is_no_hindrance(self, exported, tmp_path):
+        folder, _, _ = exported
+        shutil.copytree(folder / "merged", tmp_path / "bare")
+        settings = json.loads((tmp_path / "bare" / "srl_jax.json").read_text())
+        assert settings["model"]["source"] == "random:tiny"
+        request = Request("Call `add_all` no more.", FILES, candidates=2)
+        assert 1 <= len(rewrite.propose(None, tmp_path / "bare", request)) <= 2
+        (tmp_path / "bare" / "srl_jax.json").unlink()
+        config, _, _ = load_exported(tmp_path / "bare")
+        assert config.sampling == TrainConfig().sampling
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"use_dora": True}, BadWeights, "use_dora is not that of a plain LoRA"),
+            ({"r": None}, BadWeights, "r is not that of a plain LoRA"),
+            ({"r": 8}, BadWeights, "has shape"),
+            ({"base_model_name_or_path": "somebody/model"}, ConfigError, "is not here"),
+        ],
+    )
+    def test_an_adapter_that_is_not_ours_is_refused(self, exported, tmp_path, change, error, message):
+        folder, _, _ = exported
+        shutil.copytree(folder / "adapter", tmp_path / "a")
+        file = tmp_path / "a" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(error, match=message):
+            load_exported(tmp_path / "a")
+
+    def test_a_directory_that_is_no_model_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"holds neither config\.json nor adapter_config\.json"):
+            load_exported(tmp_path)
 
 
 def test_a_workdir_that_is_no_run(tmp_path, tree):

@@ -338,6 +338,8 @@ class TestMatchF1:
         broad = 2 * 1 / (1 + 3)  # `$F($X)` matches the teacher's one place and two others
         assert [score.match_f1 for score in free] == pytest.approx([1.0, 1.0, broad, 0.0, None])
         assert [score.match_f1 for score in gated] == [score.match_f1 for score in free]
+        assert [score.match_precision for score in free] == pytest.approx([1.0, 1.0, 1 / 3, 0.0, None])
+        assert [score.match_recall for score in free] == [1.0, 1.0, 1.0, 0.0, None]
         for one, other, factor in zip(free[:4], gated[:4], (1, 1, broad / 0.8, 0), strict=True):
             assert other.reward.action == one.reward.action
             lost = 0.5 * one.reward.action * (1 - factor)

@@ -15,6 +15,7 @@ from srl_jax.metrics import HISTOGRAMS_FILE, read_metrics
 from srl_jax.reproduce import recorded_environment, verdict
 from srl_jax.run import Run
 from srl_jax.steps import take_step
+from srl_jax.student import Student
 from tests.fakes import CountingStream, teacher_record, tiny_config
 
 HELD_OUT = [teacher_record(number) for number in (20, 21)]
@@ -108,6 +109,22 @@ def test_updates_that_stay_broken_end_the_run_and_it_goes_on_afterwards(tmp_path
     assert train.train(config, tmp_path / "run", CountingStream(), HELD_OUT)
     metrics = read_metrics(tmp_path / "run")
     assert [m["skipped"] for m in metrics] == [0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_a_sampler_without_the_adapters_ends_the_run_and_it_goes_on_when_they_are_back(tmp_path, monkeypatch, cap):
+    config = small(control__gap_stop=1e-3, control__gap_steps=2, grpo__baseline="none", grpo__importance_cap=cap)
+    real = Student.sampling_variables
+    monkeypatch.setattr(Student, "sampling_variables", lambda self, lora: {"params": self.params})
+    with pytest.raises(Diverged, match=r"for 2 steps in a row the sampler's log-probs were not the trainer's"):
+        train.train(config, tmp_path / "run", CountingStream(), HELD_OUT)
+    gaps = [m["logprob_gap"] for m in read_metrics(tmp_path / "run")]
+    assert gaps[0] < 1e-5, "fresh adapters change nothing"
+    assert len(gaps) == 3 and min(gaps[1:]) > 1e-3
+    monkeypatch.setattr(Student, "sampling_variables", real)
+    assert train.train(config, tmp_path / "run", CountingStream(), HELD_OUT)
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[3]["logprob_gap"] < 1e-5
 
 
 def test_a_kl_that_runs_away_ends_training_and_the_student_is_judged(tmp_path):

@@ -92,10 +92,26 @@ class TestPlan:
         with pytest.raises(SweepError, match=r"must return a srl_jax.sweep.Sweep, not TrainConfig"):
             plan(load_recipe(Path(TINY)), tmp_path)
 
-    def test_the_shipped_sweep_is_valid(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("name", ["ablations", "languages", "teacher"])
+    def test_the_shipped_sweeps_are_valid(self, tmp_path, monkeypatch, name):
         monkeypatch.chdir(ROOT)
-        jobs = plan(load_recipe(ROOT / "configs" / "sweep_ablations.py"), tmp_path)
+        jobs = plan(load_recipe(ROOT / "configs" / f"sweep_{name}.py"), tmp_path)
         assert len({job.recipe for job in jobs}) == len(jobs)
+
+    def test_the_teachers_temperature_is_the_one_number_that_its_sweep_changes(self):
+        text = (ROOT / "configs" / "teacher.yaml").read_text()
+        assert text.count("temperature: 0.3") == 1
+        assert "temperature: 0.3/temperature: $t" in (ROOT / "configs" / "sweep_teacher.py").read_text()
+
+    def test_python_only_trains_on_slices_that_its_data_set_has(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        data = load_recipe(ROOT / "configs" / "data_languages.py")
+        cells = load_recipe(ROOT / "configs" / "sweep_languages.py").cells
+        kinds = {"generated": True, "real": data.real_share > 0, "episodes": data.episode_share > 0}
+        assert set(cells["python_only"]["data.slice_weights"]) == {
+            f"python/{kind}" for kind, used in kinds.items() if used
+        }
+        assert {"javascript", "java"} <= set(data.languages)
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(tmp_path, trainer):
@@ -111,6 +127,12 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(tmp_path,
     assert table_row(text, "`a`")[1].startswith("0.295 [")
     assert table_row(text, "`b`")[2:4] == ["0.250 [0.250, 0.250]", "0.200 [0.200, 0.200]"]
     assert table_row(text, "`bad`") == ["0 of 2", "-", "-", "-", "-", "-"]
+    by_slice = text.split("## Reward by slice")[1]
+    assert "| cell | <code>javascript</code> | <code>python</code> |" in by_slice
+    # Even tasks are JavaScript: .20, .22 ... .28, and odd ones Python: .21 ... .29; `a` adds .05, `b` .25.
+    assert [cell[:7] for cell in table_row(by_slice, "`a`")] == ["0.290 [", "0.300 ["]
+    assert [cell[:7] for cell in table_row(by_slice, "`b`")] == ["0.490 [", "0.500 ["]
+    assert table_row(by_slice, "`bad`") == ["-", "-"]
     assert "- `bad`, seed 1: **failed** with exit code 1: `ValueError: boom`" in text
     assert (out / "plots" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     (out / "heal").touch()

@@ -91,8 +91,8 @@ def measure(rows: int) -> list[dict[str, float]]:
             {
                 "tokens": size,
                 "build s": seconds,
-                "states": automaton.next_state.shape[0],
-                "classes": automaton.next_state.shape[1],
+                "states": automaton.block_row.shape[0],
+                "classes": automaton.block_row.shape[1] * automaton.blocks.shape[1],
                 "device bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(automaton)),
                 "mask ms": per_step[True] - per_step[False],
             }

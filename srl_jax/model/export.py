@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from srl_jax.model.quantize import QuantizedKernel, dequantize
 from srl_jax.tokenizer import Tokenizer
 from srl_jax.trace import STOP, TAGS
 
+SETTINGS_FILE = "srl_jax.json"  # the run's configuration, for whoever prompts and samples the student as it was trained
 _MAX_SHARD = 4 * 2**30  # bytes of one safetensors file
 
 
@@ -54,23 +56,32 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _module(decoder: Decoder, name: str) -> str:
+def module_name(decoder: Decoder, name: str) -> str:
     """transformers' name of one of a layer's linear maps, `{i}` standing for the layer."""
     return tensor_names(decoder.config, ("layers", name, "kernel"))[0].removesuffix(".weight")
 
 
-def export_adapter(out: Path, decoder: Decoder, params: dict, lora: dict, tokenizer: Tokenizer, *, base: str) -> None:
+def export_adapter(
+    out: Path,
+    decoder: Decoder,
+    params: dict,
+    lora: dict,
+    tokenizer: Tokenizer,
+    *,
+    base: str,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a PEFT adapter directory; `peft.AutoPeftModelForCausalLM.from_pretrained(out)` loads it.
 
     The rows of tags that the base model lacks travel in it as `trainable_token_indices`. `base` is the path or name
-    by which peft finds the base model.
+    by which peft finds the base model; `settings` go into `SETTINGS_FILE`.
 
     Raises `ExportError` when `out` is not empty.
     """
     tensors: dict[str, jnp.ndarray] = {}
     for name, adapter in lora["layers"].items():
         for i in range(decoder.config.n_layers):
-            module = f"base_model.model.{_module(decoder, name).format(i=i)}"
+            module = f"base_model.model.{module_name(decoder, name).format(i=i)}"
             tensors[f"{module}.lora_A.weight"] = jnp.asarray(adapter["a"][i].T)
             tensors[f"{module}.lora_B.weight"] = jnp.asarray(adapter["b"][i].T)
     tables = {"embed_tokens": ("embedding", "model.embed_tokens")}
@@ -80,7 +91,7 @@ def export_adapter(out: Path, decoder: Decoder, params: dict, lora: dict, tokeni
     for leaf, module in tables.values() if new else ():
         name = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
         tensors[name] = jnp.asarray(params[leaf][jnp.asarray(new)], jnp.float32)
-    settings = {
+    peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -89,12 +100,14 @@ def export_adapter(out: Path, decoder: Decoder, params: dict, lora: dict, tokeni
         "lora_alpha": decoder.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(_module(decoder, name).rpartition(".")[2] for name in lora["layers"]),
+        "target_modules": sorted(module_name(decoder, name).rpartition(".")[2] for name in lora["layers"]),
         "trainable_token_indices": dict.fromkeys(tables, new) if new else None,
     }
     with _new_directory(out) as directory:
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(directory / "adapter_config.json", settings)
+        _write_json(directory / "adapter_config.json", peft)
+        if settings is not None:
+            _write_json(directory / SETTINGS_FILE, dict(settings))
         tokenizer.save(directory)
 
 
@@ -107,12 +120,13 @@ def export_merged(
     *,
     dtype: str = "float32",
     max_shard: int = _MAX_SHARD,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes base and adapters as one model, tag rows and tokenizer included; transformers loads `out` as any other.
 
     A quantised base goes out as the numbers it stands for, which are what was trained. Each sum is made in float32 and
     then stored as `dtype`. In "bfloat16" much of a small adapter rounds away: measure what that costs before serving
-    it. `generate` stops at the end of a trace.
+    it. `generate` stops at the end of a trace. `settings` go into `SETTINGS_FILE`.
 
     Raises `ExportError` when `out` is not empty.
     """
@@ -144,6 +158,8 @@ def export_merged(
         special = {"eos_token_id": stop, "pad_token_id": tokenizer.pad_id, "bos_token_id": None}
         _write_json(directory / "config.json", {**to_hf(decoder.config), **special, "dtype": dtype})
         _write_json(directory / "generation_config.json", special)
+        if settings is not None:
+            _write_json(directory / SETTINGS_FILE, dict(settings))
         tokenizer.save(directory)
 
 

@@ -27,7 +27,14 @@ import numpy as np
 
 from srl_jax.embedding import cosine
 from srl_jax.records import Task, TeacherRecord
-from srl_jax.rewards import DEFAULT_CONFIG, Reward, RewardConfig, match_set_f1, score_trace
+from srl_jax.rewards import (
+    DEFAULT_CONFIG,
+    Reward,
+    RewardConfig,
+    match_set_f1,
+    match_set_precision_recall,
+    score_trace,
+)
 from srl_jax.sandbox.engine import Status
 from srl_jax.sandbox.isolation import SandboxCrash, SandboxUnavailable
 from srl_jax.sandbox.runner import EnvReport, Sandbox, exact_globs
@@ -53,15 +60,18 @@ class Score:
     """`reward` is None exactly when the completion is unscored, and then `unscored` says why.
 
     `report` is the execution's, or None when the completion is malformed, was not executed, or could not be; in the
-    last case `unscored` says why even when the reward, which did not depend on it, is there.  `match_f1` compares the
-    places that the action matched with those that the teacher's matches; None without a report, and where the
-    teacher's matches could not be had (which leaves the completion unscored only when its reward depends on them).
+    last case `unscored` says why even when the reward, which did not depend on it, is there.  `match_f1`, precision and
+    recall compare the places that the action matched with those that the teacher's matches; None without a report, and
+    where the teacher's matches could not be had (which leaves the completion unscored only when its reward depends on
+    them).
     """
 
     reward: Reward | None
     report: EnvReport | None = None
     unscored: str | None = None
     match_f1: float | None = None
+    match_precision: float | None = None
+    match_recall: float | None = None
 
 
 class ScoresCompletions(Protocol):
@@ -220,7 +230,10 @@ class RewardService:
             wanted, reference_trouble = _await(reference, deadline)
             if self._reward.match_gate > 0:
                 trouble = trouble or reference_trouble
-            f1 = match_set_f1(report.places, wanted) if report is not None and wanted is not None else None
+            f1 = precision = recall = None
+            if report is not None and wanted is not None:
+                f1 = match_set_f1(report.places, wanted)
+                precision, recall = match_set_precision_recall(report.places, wanted)
             reward: Reward | None = None
             if trouble is None or not self._reward.needs_execution:
                 reward = score_trace(
@@ -233,7 +246,7 @@ class RewardService:
                     executed=report.success if report else None,
                     match_f1=f1,
                 )
-            scores.append(Score(reward, report, trouble, f1))
+            scores.append(Score(reward, report, trouble, f1, precision, recall))
         self._count(
             requests=len(items),
             malformed=students.count(None),

@@ -19,7 +19,7 @@ from srl_jax.sandbox.runner import EnvReport
 from srl_jax.sandbox.service import Score, ScoreRequest
 from srl_jax.trace import Rejection
 
-WIRE_VERSION = "srl-score/1"
+WIRE_VERSION = "srl-score/2"
 SERVER_TOKEN = "SRL_JAX_REWARD_TOKEN"  # the variable of the environment in which both ends find the secret
 
 
@@ -117,7 +117,7 @@ def encode_scores(scores: Sequence[Score]) -> bytes:
             "reward": dataclasses.asdict(score.reward) if score.reward else None,  # Rejection is a string already
             "report": score.report.to_dict() if score.report else None,
             "unscored": score.unscored,
-            "match_f1": score.match_f1,
+            "match": [score.match_f1, score.match_precision, score.match_recall],
         }
         for score in scores
     ]
@@ -152,4 +152,6 @@ def _score(row: dict[str, Any]) -> Score:
     if reward is not None:
         rejection = reward.pop("rejection")
         reward = Reward(**reward, rejection=None if rejection is None else Rejection(rejection))
-    return Score(reward, None if report is None else EnvReport.from_dict(report), row["unscored"], row["match_f1"])
+    f1, precision, recall = row["match"]
+    report = None if report is None else EnvReport.from_dict(report)
+    return Score(reward, report, row["unscored"], f1, precision, recall)
