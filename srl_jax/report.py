@@ -31,6 +31,7 @@ _ITEM_FIELDS = (
     "brevity", "rejection", "success", "kl", "think_tokens", "state_tokens",
 )  # fmt: skip
 _SHOWN_TRACE = 1500  # characters
+_LEVEL = 0.05  # of the verdict's test, as of its 95 % interval
 
 
 class ReportError(ValueError):
@@ -128,9 +129,11 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
     rules = [b["rule"] for b, _ in scored]
     difference = paired_bootstrap_ci(*rewards)
     by_rule = paired_bootstrap_ci(*rewards, clusters=rules)
-    if difference.low > 0:
+    p_tasks, p_rules = sign_flip_p(*rewards), sign_flip_p(*rewards, clusters=rules)
+    # An interval resampled from a handful of tasks is too narrow to go by alone: the test has to agree.
+    if difference.low > 0 and p_tasks < _LEVEL:
         verdict = "the student scores higher"
-    elif difference.high < 0:
+    elif difference.high < 0 and p_tasks < _LEVEL:
         verdict = "the student scores **lower**"
     else:
         verdict = "no difference can be told"
@@ -138,8 +141,8 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
         f"Held-out reward, student minus base: **{difference}** over {len(scored)} tasks (mean and 95 % bootstrap "
         f"interval of the paired difference): {verdict}.",
         f"Resampling whole rules ({len(set(rules))} of them) instead of tasks: {by_rule}.",
-        f"Sign-flip test of the paired differences: {tables.p_value(sign_flip_p(*rewards))}; flipping whole rules: "
-        f"{tables.p_value(sign_flip_p(*rewards, clusters=rules))}.",
+        f"Sign-flip test of the paired differences: {tables.p_value(p_tasks)}; flipping whole rules: "
+        f"{tables.p_value(p_rules)}.",
     ]
     if len(scored) < len(base):
         lines.append(f"{len(base) - len(scored)} tasks could not be scored in one of the two and are left out.")

@@ -131,6 +131,14 @@ def test_lower_and_undecided_are_said_plainly(workdir):
     assert "no difference can be told" in write_report(workdir).read_text()
 
 
+def test_a_handful_of_tasks_shows_no_difference_however_they_agree(workdir):
+    for name, reward in (("base", 0.2), ("student", 0.3)):
+        write_evaluation(workdir, name, [item(n, reward + n / 100 * (name == "student")) for n in range(5)])
+    text = write_report(workdir).read_text()
+    # All five gain, so the interval of the mean lies above 0; but of 2^5 flips two are as extreme: p = .0625.
+    assert "**0.120 [0.1" in text and "no difference can be told" in text and "p = 0.062" in text
+
+
 def test_without_training_metrics_the_tables_remain(workdir):
     (workdir / METRICS_FILE).unlink()
     text = write_report(workdir).read_text()
