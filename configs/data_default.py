@@ -3,7 +3,7 @@
 Command:  python launch/prepare_data.py --config=configs/data_default.py --out=data/default
 Hardware: any CPU; 2 cores, 4 GB. Node and a JDK, or JavaScript or Java are left out. The first run fetches 40 MB of
           pinned packages (`third_party/manifest.toml`).
-Time:     an estimated hour on two free cores (reports/data.md); a run that was interrupted goes on where it stopped.
+Time:     an estimated 40 minutes on two free cores (reports/data.md); an interrupted run goes on where it stopped.
 Result:   11,600 records asked for, so that 10,000 are left; rules and repositories of the three splits are disjoint.
 """
 

@@ -208,7 +208,10 @@ class EvalConfig(Section):
 
 @dataclasses.dataclass
 class ControlConfig(Section):
-    """What changes or ends a run while it goes on (srl_jax/control.py); all but the last three are off unless set."""
+    """What changes or ends a run while it goes on (srl_jax/control.py).
+
+    Every part is off unless it is set, but for `max_broken_updates` and `gap_stop`.
+    """
 
     kl_target: float = number(0.0, at_least=0)  # smoothed KL per token beyond which lambda moves; 0: never
     kl_response: str = choice("raise", "lower")  # what lambda does then; "lower" is the notes' form, for comparison
