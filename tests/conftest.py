@@ -34,3 +34,19 @@ def _programs_are_let_go():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def student():
+    """The tiny random model. Imported here: host-only tests must not load JAX."""
+    from tests.fakes import tiny_student
+
+    return tiny_student()
+
+
+@pytest.fixture(scope="module")
+def lora(student):
+    """Adapters of that model that change its answers."""
+    from tests.fakes import perturbed
+
+    return perturbed(student.fresh_lora(0))

@@ -15,7 +15,7 @@ from srl_jax.run import Run
 from srl_jax.sandbox.service import RewardService
 from srl_jax.trace import parse_trace
 from tests.episodes_test import an_episode
-from tests.fakes import HashEmbedder, perturbed, teacher_record, tiny_config, tiny_student
+from tests.fakes import HashEmbedder, perturbed, teacher_record, tiny_config
 
 RECORDS = [teacher_record(number) for number in range(6)]
 
@@ -24,16 +24,6 @@ def config_of_two():
     config = tiny_config()
     config.eval.batch_size = 2  # two rows at once, so four batches of two for samples of two
     return config
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from srl_jax.replay import ReplayError, ReplayWriter, replay_stream
 from srl_jax.replay_step import collect_replay, policy_version, store
 from srl_jax.rollout import collect_rollouts
 from srl_jax.steps import step_settings
-from tests.fakes import CountingStream, perturbed, tiny_config, tiny_student
+from tests.fakes import CountingStream, perturbed, tiny_config
 from tests.rollout_test import MALFORMED, SPREAD, TIED, UNSCORED, Scripted
 
 P = 4
@@ -24,16 +24,6 @@ def replay_config(**changes):
     for name, value in changes.items():
         setattr(config.replay, name, value)
     return config
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
 
 
 @pytest.fixture(scope="module")

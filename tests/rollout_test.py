@@ -15,23 +15,13 @@ from srl_jax.sandbox import EngineResult, EnvReport, RunnerUnavailable, SandboxC
 from srl_jax.sandbox.service import RewardService, Score, ServiceConfig
 from srl_jax.steps import step_settings
 from srl_jax.trace import Rejection
-from tests.fakes import CountingStream, HashEmbedder, perturbed, teacher_record, tiny_config, tiny_student
+from tests.fakes import CountingStream, HashEmbedder, teacher_record, tiny_config
 
 SPREAD = (0.9, 0.5, 0.1, 0.5)
 TIED = (0.4, 0.4, 0.4, 0.4)
 MALFORMED = Score(Reward(-0.2, None, None, None, None, Rejection.BAD_JSON))
 UNSCORED = Score(None, None, "infrastructure: killed")
 P = G = 4
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
 
 
 class Scripted:

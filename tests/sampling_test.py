@@ -16,17 +16,7 @@ from srl_jax.sampling import draw, look_up, sample
 from srl_jax.student import pad_prompts
 from srl_jax.trace import parse_trace
 from srl_jax.train_step import policy_logprobs
-from tests.fakes import perturbed, tiny_config, tiny_student
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
+from tests.fakes import tiny_config, tiny_student
 
 
 def _prompts(count, width=24, seed=0):

@@ -72,16 +72,6 @@ def test_samples_follow_the_truncated_distribution():
     np.testing.assert_allclose(logprobs, np.log(expected[np.asarray(chosen)]), atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
-
-
 def draw(student, lora, count=4, **options):
     rng = np.random.default_rng(1)
     prompts, lengths = pad_prompts([rng.integers(0, 49152, 24 - 5 * (i % 3)).tolist() for i in range(count)], 24, 0)

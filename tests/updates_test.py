@@ -17,19 +17,9 @@ from srl_jax.steps import step_settings
 from srl_jax.teacher_rows import with_teachers
 from srl_jax.train_step import StepSettings, TrainState, make_optimizer, mini_batches, policy_logprobs, train_step
 from srl_jax.value import fresh_value, guess, learn, prompt_features
-from tests.fakes import CountingStream, perturbed, teacher_record, tiny_config, tiny_student
+from tests.fakes import CountingStream, perturbed, teacher_record, tiny_config
 from tests.rollout_test import SPREAD, UNSCORED, Scripted
 from tests.tiny_tokenizer import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-@pytest.fixture(scope="module")
-def lora(student):
-    return perturbed(student.fresh_lora(0))
 
 
 def rollout(student, lora, scores=lambda number: SPREAD, value=None, **changes):
