@@ -17,6 +17,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, Plan, SliceIndex
 from data_pipeline.write import FORMAT, MANIFEST
+from srl_jax.episodes import whole
 from srl_jax.records import (
     SCHEMA_VERSION,
     CorruptRecord,
@@ -27,6 +28,7 @@ from srl_jax.records import (
 __all__ = [
     "DataError",
     "benchmark",
+    "make_episodes",
     "make_loader",
     "make_stream",
     "read_manifest",
@@ -162,10 +164,37 @@ def _slice_index(data_dir: Path, entry: Mapping[str, Any], needed: bool) -> Slic
     return SliceIndex(entry["records"], whole[:, 0], whole[:, 1])
 
 
-class _Planned:
-    """A data source whose element at a position is the record the order puts there."""
+class _EpisodeSource:
+    """Random access to one slice's whole episodes, each the list of its steps' records in order.
 
-    def __init__(self, sources: Mapping[str, _SliceSource], order: Order) -> None:
+    An episode with an unreadable step is None. Which records belong together stands in the records alone, so every
+    one of the slice is read once when this is made.
+    """
+
+    def __init__(self, records: _SliceSource) -> None:
+        self._records = records
+        read = ((index, records[index]) for index in range(len(records)))
+        self._places = whole((row.task.episode, index) for index, row in read if row is not None and row.task.episode)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> list[TeacherRecord] | None:
+        steps = [self._records[place] for place in self._places[index]]
+        return None if None in steps else steps
+
+    def index(self, records: SliceIndex) -> SliceIndex:
+        """What is known of the episodes, from what is known of the records: the hardest step, the length of all."""
+        if records.difficulty is None or records.length is None:
+            return SliceIndex(len(self))
+        of = lambda known, total: np.asarray([total(known[places]) for places in self._places], np.int32)
+        return SliceIndex(len(self), of(records.difficulty, np.max), of(records.length, np.sum))
+
+
+class _Planned:
+    """A data source whose element at a position is the record, or the episode, that the order puts there."""
+
+    def __init__(self, sources: Mapping[str, _SliceSource | _EpisodeSource], order: Order) -> None:
         self._sources, self._order = sources, order
 
     def __len__(self) -> int:
@@ -202,6 +231,7 @@ def _dataset(
     slice_weights: Mapping[str, float] | None,
     repeat: bool,
     max_corrupt_share: float,
+    episodes: bool = False,
     **ordering: Any,
 ) -> grain.IterDataset:
     slices = _slices(data_dir, split)
@@ -209,7 +239,15 @@ def _dataset(
     plan = _checked_plan(data_dir, split, slices, Plan(seed, weights if repeat else None, **ordering))
     needed = plan.curriculum > 0 or plan.bucket > 1
     index = {name: _slice_index(Path(data_dir), entry, needed) for name, entry in slices.items()}
-    sources = _sources(data_dir, split, max_corrupt_share)
+    sources: Mapping[str, _SliceSource | _EpisodeSource] = _sources(data_dir, split, max_corrupt_share)
+    if episodes:
+        found = {name: _EpisodeSource(source) for name, source in sources.items() if weights.get(name, 0) > 0}
+        sources = {name: source for name, source in found.items() if len(source)}
+        if slice_weights is not None and (without := sorted(found.keys() - sources.keys())):
+            raise DataError(f"slice_weights names {', '.join(without)}, without a whole episode; name other slices")
+        if not sources:
+            raise DataError(f"split {split!r} of {data_dir} holds no whole episode; build it with an episode_share")
+        index = {name: source.index(index[name]) for name, source in sources.items()}
     return grain.MapDataset.source(_Planned(sources, Order(index, plan))).to_iter_dataset(_READ)
 
 
@@ -243,6 +281,44 @@ def make_stream(
             slice_weights=slice_weights,
             repeat=repeat,
             max_corrupt_share=max_corrupt_share,
+            curriculum=curriculum,
+            bucket=bucket,
+            batch_size=batch_size,
+            host=host,
+            hosts=hosts,
+        )
+    )
+
+
+def make_episodes(
+    data_dir: str | Path,
+    split: str,
+    *,
+    seed: int,
+    slice_weights: Mapping[str, float] | None = None,
+    max_corrupt_share: float = MAX_CORRUPT_SHARE,
+    curriculum: float = 0.0,
+    bucket: int = 1,
+    batch_size: int = 1,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.DatasetIterator:
+    """Like an endless `make_stream`, of whole episodes: lists of all steps' records, in order.
+
+    Everything that is said there of records holds here of episodes: weights, shuffling, curriculum (by the hardest
+    step), buckets (by the length of all steps), position and hosts. Records that are no step of a whole episode are
+    left out, and with them slices that hold no other. Opening reads every record of the slices drawn from. Raises
+    DataError too where there is no whole episode, or none in a slice of `slice_weights`.
+    """
+    return iter(
+        _dataset(
+            data_dir,
+            split,
+            seed=seed,
+            slice_weights=slice_weights,
+            repeat=True,
+            max_corrupt_share=max_corrupt_share,
+            episodes=True,
             curriculum=curriculum,
             bucket=bucket,
             batch_size=batch_size,

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipeline.load import DataError, make_stream, read_sample, read_split
+from data_pipeline.load import DataError, make_episodes, make_stream, read_sample, read_split
 from srl_jax import cli
 from srl_jax.config import TrainConfig, read_config, validate
 from srl_jax.floors import COMMON_TRACE_SAMPLE
@@ -36,8 +36,8 @@ def main() -> int:
     if config.method == "replay":
         stream = replay_stream(config.replay.dir, shuffle=config.replay.shuffle, seed=config.seed)
     else:
-        d = config.data
-        stream = make_stream(
+        d, make = config.data, make_episodes if config.plays_episodes else make_stream
+        stream = make(
             d.dir, "train", seed=config.seed, slice_weights=d.slice_weights or None,
             curriculum=d.curriculum, bucket=d.bucket, batch_size=d.prompts_per_step,
         )  # fmt: skip

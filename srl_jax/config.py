@@ -131,11 +131,18 @@ class GrpoConfig(Section):
     malformed_advantage: str = choice("zero", "penalize")
     dynamic_sampling_min_std: float = number(0.02, at_least=0)  # a group is kept when std R exceeds this
     max_extra_rollouts: int = number(0, at_least=0)  # rollout batches a step may add to replace dropped groups
+    # "step": steps of episodes are tasks of their own. "n", "episode": whole episodes are drawn, each group member goes
+    # its own way through one (srl_jax/chains.py), and a step has the credit of the next `horizon` steps, or of all.
+    returns: str = choice("step", "n", "episode")
+    horizon: int = number(2, at_least=1)  # steps in a return of "n", its own included
+    discount: float = number(1.0, at_least=0, at_most=1)  # of each step's reward against the one before it
+    episode_steps: int = number(5, at_least=1)  # longer episodes are left out; a batch has room for so many steps
     teacher_in_group: bool = False  # the teacher's trace is one of the G members: a cold start (LUFFY)
     imitation_gamma: float = number(0.1, above=0)  # of the teacher's row: smaller trains unlikely tokens less
     epochs: int = number(1, at_least=1)  # passes over each rollout, where sampling costs most of a step
     mini_batches: int = number(1, at_least=1)  # updates in each pass, over as many parts of the rollout
-    micro_batch: int = number(8, at_least=1)  # groups per forward and backward pass
+    # Prompts per forward and backward pass: groups, or single completions where `returns` gives each its own prompt.
+    micro_batch: int = number(8, at_least=1)
 
 
 @dataclasses.dataclass
@@ -285,6 +292,23 @@ class TrainConfig(Section):
         """Optimiser updates made of one rollout."""
         return 1 if self.method == "sft" else self.grpo.epochs * self.grpo.mini_batches
 
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether training draws whole episodes and each member of a group goes its own way through one."""
+        return self.grpo.returns != "step"
+
+    @property
+    def sampled_shape(self) -> tuple[int, int]:
+        """Prompts that are sampled together, and completions of each: where ways differ, so do a group's prompts."""
+        p, g = self.data.prompts_per_step, self.grpo.group_size
+        return (p * g, 1) if self.plays_episodes else (p, g)
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Prompts and completions of each in the batch that updates are made of."""
+        p, g = self.sampled_shape
+        return (p * self.grpo.episode_steps if self.plays_episodes else p), g
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; absent fields keep their defaults, unknown ones raise `ConfigError`."""
@@ -313,6 +337,7 @@ def validate(config: TrainConfig) -> None:
                 "must be a number above 0; leave a slice out of the mixture by naming only the others",
             )
     _validate_grpo(config)
+    _validate_returns(config)
     _validate_truncation(config)
     _validate_control(config)
     _validate_replay(config)
@@ -392,15 +417,12 @@ def _validate_grpo(config: TrainConfig) -> None:
         )
     if groups % grpo.mini_batches:
         raise ConfigError("grpo.mini_batches", grpo.mini_batches, f"must divide data.prompts_per_step = {groups}")
-    part = groups // grpo.mini_batches
+    part = config.sampled_shape[0] // grpo.mini_batches
     if grpo.micro_batch > part or part % grpo.micro_batch:
         divisors = [d for d in range(1, part + 1) if part % d == 0]
-        raise ConfigError(
-            "grpo.micro_batch",
-            grpo.micro_batch,
-            f"must divide data.prompts_per_step{' / grpo.mini_batches' if part < groups else ''} = {part}: "
-            f"one of {divisors}",
-        )
+        product = "data.prompts_per_step" + (" * grpo.group_size" if config.plays_episodes else "")
+        product += " / grpo.mini_batches" if grpo.mini_batches > 1 else ""
+        raise ConfigError("grpo.micro_batch", grpo.micro_batch, f"must divide {product} = {part}: one of {divisors}")
     if grpo.negative_ratio_cap and grpo.negative_ratio_cap < 1 + grpo.clip_epsilon_low:
         raise ConfigError(
             "grpo.negative_ratio_cap", grpo.negative_ratio_cap, f"must be 0 or above 1 + {grpo.clip_epsilon_low}"
@@ -417,6 +439,28 @@ def _validate_grpo(config: TrainConfig) -> None:
             )  # fmt: skip
     if grpo.teacher_in_group and grpo.group_size < 3:
         raise ConfigError("grpo.group_size", grpo.group_size, "must be at least 3 with grpo.teacher_in_group")
+
+
+def _validate_returns(config: TrainConfig) -> None:
+    grpo = config.grpo
+    if not config.plays_episodes:
+        return
+    if config.method != "srl":
+        raise ConfigError(
+            "grpo.returns", grpo.returns, f"must be 'step' with method {config.method!r}: it plays nothing"
+        )
+    if config.replay.record:
+        raise ConfigError(
+            "grpo.returns", grpo.returns, "must be 'step' with replay.record: stored groups share a prompt"
+        )
+    # Components have no returns of their own, a guess at a step's reward is none at its return, a teacher's row has no
+    # files of its own, and a group that teaches nothing at one step may at the next.
+    needed = {"baseline": ("group", "none"), "scale": ("none", "std"), "credit": ("trace",)}
+    needed |= {"teacher_in_group": (False,), "max_extra_rollouts": (0,)}
+    for name, choices in needed.items():
+        if grpo.__dict__[name] not in choices:
+            remedy = f"must be {' or '.join(map(repr, choices))} with grpo.returns={grpo.returns!r}"
+            raise ConfigError(f"grpo.{name}", grpo.__dict__[name], f"{remedy}, or grpo.returns='step'")
 
 
 def _validate_truncation(config: TrainConfig) -> None:

@@ -1,14 +1,14 @@
 """Who gets the credit: components of the reward on the blocks they judge, and steps of an episode for what follows.
 
 Pure functions of arrays beside `srl_jax.grpo`, which turns their result into a loss. `P` prompts, `G` completions of
-each, `C` reward components, `T` tokens, `E` episodes, `S` steps of an episode.
+each, `C` reward components, `T` tokens, `E` episodes or ways through them, `S` steps of an episode.
 """
 
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax.grpo import MalformedAdvantage, Mask, group_advantages, group_std
 
@@ -82,3 +82,17 @@ def episode_returns(
     # highest precision: a TF32 product would round rewards to three digits
     returns = jnp.matmul(rewards, weights, precision=jax.lax.Precision.HIGHEST)
     return jnp.where(valid, returns, 0.0)
+
+
+def known_returns(
+    scored: Mask, present: Mask, *, discount: float = 1.0, horizon: int | None = None
+) -> Bool[Array, "E S"]:
+    """The steps whose return is a sum of rewards that all are known: [E, S].
+
+    `present` marks the steps an episode has, `scored` those of them that have a reward. One without leaves the return
+    of every step that reaches it unknown: a sum over the others would blame or praise for what nobody knows.
+    """
+    present = jnp.asarray(present).astype(bool)
+    missing = present & ~jnp.asarray(scored).astype(bool)
+    reach = {"discount": 1.0 if discount > 0 else 0.0, "horizon": horizon}
+    return present & (episode_returns(missing.astype(jnp.float32), present, **reach) == 0)

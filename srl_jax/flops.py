@@ -55,10 +55,12 @@ class Work:
 
 
 def sampled_positions(arrays: Mapping[str, np.ndarray]) -> Positions:
-    """Of groups of completions, each prompt computed once for its group; padding is no work."""
+    """Of groups of completions, each prompt computed once for its group, or for each where `prompt_lengths` is [P, G];
+    padding is no work.
+    """
     prompts = np.asarray(arrays["prompt_lengths"], np.float64)
     lengths = np.asarray(arrays["mask"]).sum(-1).astype(np.float64)
-    pairs = (prompts**2 / 2).sum() + (lengths * prompts[:, None] + lengths**2 / 2).sum()
+    pairs = (prompts**2 / 2).sum() + (lengths * prompts.reshape(len(lengths), -1) + lengths**2 / 2).sum()
     return Positions(prompts.sum() + lengths.sum(), lengths.sum(), pairs)
 
 

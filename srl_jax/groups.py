@@ -25,6 +25,7 @@ class Groups:
     texts: list[list[str]]
     scores: list[list[Score]]
     # The sampled arrays: prompt_tokens, prompt_lengths, tokens, mask, logprobs, ref; kept, where sampling truncates.
+    # A prompt is a group's, or [P, G], each completion's own.
     arrays: dict[str, np.ndarray]
 
     def column(self, part: str) -> np.ndarray:
@@ -58,12 +59,14 @@ class Groups:
 
 def informative(groups: Groups, config: TrainConfig) -> list[int]:
     """Indices of the groups worth training on."""
+    return np.flatnonzero(worth_training(np.nan_to_num(groups.column("total")), groups.valid, config)).tolist()
+
+
+def worth_training(rewards: np.ndarray, valid: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Which groups teach anything, bool [P]: `rewards` [P, G] are what their members are compared by."""
     if config.grpo.baseline != "group":
-        keep = groups.valid.any(axis=1)  # without a group mean, equal rewards still have a gradient
-    else:
-        rewards = np.nan_to_num(groups.column("total"))
-        keep = grpo.informative_groups(rewards, config.grpo.dynamic_sampling_min_std, groups.valid)
-    return np.flatnonzero(np.asarray(keep)).tolist()
+        return valid.any(axis=1)  # without a group mean, equal rewards still have a gradient
+    return np.asarray(grpo.informative_groups(rewards, config.grpo.dynamic_sampling_min_std, valid))
 
 
 def sampled_kl(arrays: Mapping[str, np.ndarray], estimator: grpo.Estimator) -> np.ndarray:
@@ -137,9 +140,9 @@ def block_of_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) 
 
 
 def rollout_metrics(
-    groups: Groups, kept: Sequence[int], skipped: int, timing: Mapping[str, float]
+    groups: Groups, kept: Sequence[int], skipped: int, timing: Mapping[str, float], *, kl: np.ndarray
 ) -> dict[str, float | None]:
-    """Scalars of everything that was sampled, used or not."""
+    """Scalars of everything that was sampled, used or not; `kl` [P, G] is k1 of each completion."""
 
     def mean(values: np.ndarray) -> float | None:
         values = values[np.isfinite(values)]
@@ -163,7 +166,7 @@ def rollout_metrics(
         "parse_rate": float(parsed.sum() / max(valid.sum(), 1)),
         "unscored": float((~valid).sum()),
         "match_f1": mean(np.asarray([s.match_f1 for row in groups.scores for s in row], np.float32)),
-        "kl": mean(sampled_kl(groups.arrays, "k1")),
+        "kl": mean(kl),
         "kept_groups": len(kept) / len(groups.records),
         "groups_drawn": float(len(groups.records)),
         "prompts_too_long": float(skipped),

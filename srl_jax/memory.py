@@ -151,15 +151,16 @@ def _sampler_bytes(config: TrainConfig, programs: Programs) -> int:
     student, batch, automaton = programs.student, programs.batch, programs.automaton
     merged = mergeable(student.params)  # see Student.sampling_variables
     variables = {"params": student.params} | ({} if merged else {"lora": programs.state.lora})
-    slots = config.sampling.slots or config.data.prompts_per_step
+    prompts, group_size = config.sampled_shape
+    slots = config.sampling.slots or prompts
     tokens, lengths = (
-        jax.ShapeDtypeStruct((min(slots, x.shape[0]), *x.shape[1:]), x.dtype, sharding=x.sharding)
+        jax.ShapeDtypeStruct((min(slots, prompts), *x.shape[1:]), x.dtype, sharding=x.sharding)
         for x in (batch.prompt_tokens, batch.prompt_lengths)
     )
-    keys = jax.eval_shape(partial(row_keys, rows=lengths.shape[0] * config.grpo.group_size), jax.random.key(0))
+    keys = jax.eval_shape(partial(row_keys, rows=lengths.shape[0] * group_size), jax.random.key(0))
     start = prefill.lower(
         student.decoder, variables, automaton, tokens, lengths, keys,
-        group_size=config.grpo.group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+        group_size=group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
     )  # fmt: skip
     started = start.compile()
     flight = jax.tree.map(
@@ -191,7 +192,7 @@ def _state(student: Student, lora: dict, optimizer: optax.GradientTransformation
 
 
 def _batch(student: Student, automaton: grammar.TokenAutomaton, config: TrainConfig) -> TrainBatch:
-    p, g, t = config.data.prompts_per_step, config.grpo.group_size, config.sampling.max_new_tokens
+    (p, g), t = config.batch_shape, config.sampling.max_new_tokens
     split = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(student.mesh))
     tokens = split((p, g, t), jnp.int32)
     one = jax.eval_shape(lambda a: grammar.initial_state(a, 1, t, config.sampling.max_think_tokens), automaton)

@@ -5,9 +5,9 @@ The device samples and scores log-probs while the host parses, embeds and compar
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,11 @@ from srl_jax import grammar, grpo
 from srl_jax.config import TrainConfig
 from srl_jax.groups import Groups, informative, rollout_metrics, sampled_kl
 from srl_jax.groups import advantages as group_advantages
+from srl_jax.logprobs import TokenLogprobs
 from srl_jax.records import TeacherRecord
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
-from srl_jax.sandbox.service import ScoreRequest, ScoresCompletions
+from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
 from srl_jax.student import Student, pad_prompts
 from srl_jax.teacher_rows import with_teachers
@@ -27,7 +28,8 @@ from srl_jax.train_step import StepSettings, TrainBatch, current_scores, referen
 from srl_jax.value import guess, prompt_features
 
 # So many records in a row that cannot be used mean a wrong setting, not bad luck.
-_MAX_SKIPPED = 1000
+MAX_SKIPPED = 1000
+NOT_ASKED = Score(None, None, "not asked: sampled to fill up a batch")
 
 
 class PromptTooLong(ValueError):
@@ -61,7 +63,7 @@ def take_prompts(
             prompts.append(ids)
             continue
         skipped += 1
-        if skipped >= _MAX_SKIPPED:
+        if skipped >= MAX_SKIPPED:
             raise PromptTooLong(
                 f"{skipped} prompts in a row are longer than data.max_prompt_tokens={max_tokens} (the last: "
                 f"{len(ids)} tokens); raise it, or rebuild the data set with shorter excerpts"
@@ -75,17 +77,25 @@ def executable(record: TeacherRecord, runners: frozenset[str] | None) -> bool:
     return runners is None or tests is None or tests.runner in runners
 
 
-def executable_only(records: Iterator[TeacherRecord], runners: frozenset[str] | None) -> Iterator[TeacherRecord]:
-    """The records whose tests can run here: where the reward needs the sandbox's verdict, others cannot be scored."""
+def executable_only(
+    drawn: Iterator[Any],
+    runners: frozenset[str] | None,
+    records_of: Callable[[Any], Sequence[TeacherRecord]] = lambda record: [record],
+) -> Iterator[Any]:
+    """What is drawn, records or what `records_of` knows those of, as far as all its tests can run here.
+
+    Where the reward needs the sandbox's verdict, others cannot be scored.
+    """
     skipped = 0
-    for record in records:
-        if executable(record, runners):
+    for one in drawn:
+        foreign = [record for record in records_of(one) if not executable(record, runners)]
+        if not foreign:
             skipped = 0
-            yield record
+            yield one
             continue
         skipped += 1
-        if skipped >= _MAX_SKIPPED:
-            runner = record.task.tests.runner
+        if skipped >= MAX_SKIPPED:
+            runner = foreign[0].task.tests.runner
             raise RunnerUnavailable(runner, f"{skipped} tasks in a row need it; install it or set reward.execution=0")
 
 
@@ -141,11 +151,13 @@ def sample_groups(
     timing: Counter,
     reference: bool = True,
     slots: int = 0,
+    asked: np.ndarray | None = None,
 ) -> Groups:
     """Samples and scores one group per record; rewards are computed while the device scores the reference.
 
     `reference=False` is for the base itself: its log-probs are the reference's, so `ref` repeats `logprobs`.
-    `slots`: prompts decoded at once, see `sampling.sample`.
+    `slots`: prompts decoded at once, see `sampling.sample`. `asked` [P] is False for records that only fill the batch
+    up: their completions have an empty mask and are `NOT_ASKED`.
     """
     started = time.perf_counter()
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
@@ -166,12 +178,15 @@ def sample_groups(
     arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
     if drawn.kept is not None:
         arrays["kept"] = np.asarray(drawn.kept)
+    if asked is not None:
+        arrays["mask"] = arrays["mask"] & asked[:, None, None]
     timing["rollout"] += time.perf_counter() - started
     timing["tokens"] += int(arrays["mask"].sum())
 
     rows = (-1, arrays["tokens"].shape[-1])
     texts = decode_completions(student, arrays["tokens"].reshape(rows), arrays["mask"].reshape(rows))
-    requests = [ScoreRequest(text, records[i // group_size]) for i, text in enumerate(texts)]
+    rated = np.repeat(np.ones(len(records), bool) if asked is None else asked, group_size)
+    requests = [ScoreRequest(text, records[i // group_size]) for i, text in enumerate(texts) if rated[i]]
     pending = service.submit(requests)
     started = time.perf_counter()
     if reference:
@@ -182,7 +197,8 @@ def sample_groups(
         arrays["ref"] = arrays["logprobs"]
     timing["reference"] += time.perf_counter() - started
     started = time.perf_counter()
-    scores = pending.result()
+    given = iter(pending.result())
+    scores = [next(given) if one else NOT_ASKED for one in rated]
     timing["reward_wait"] += time.perf_counter() - started
 
     def nest(flat):
@@ -237,7 +253,7 @@ def collect_rollouts(
     coefficient = c.kl_coef if kl_coef is None else kl_coef
     batch, features, gap = _weigh(student, lora, used, live, config, settings, coefficient, value)
     timing["reference"] += time.perf_counter() - started
-    metrics = rollout_metrics(drawn, kept, skipped, timing)
+    metrics = rollout_metrics(drawn, kept, skipped, timing, kl=sampled_kl(drawn.arrays, "k1"))
     if gap is not None:
         metrics["logprob_gap"] = gap
     return Rollout(batch, metrics, drawn, used, features)
@@ -260,18 +276,10 @@ def _weigh(
     c = config.grpo
     arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
     batch = make_batch(student, arrays, np.zeros(used.valid.shape))
-    exact = c.kl_estimator == "exact" and c.kl_placement == "reward"
-    scores = None
-    if exact or c.importance_cap:
-        scores = current_scores(student.decoder, student.params, lora, student.automaton, batch, settings=settings)
+    scores = needed_scores(student, lora, batch, config, settings)
     sampled = used.valid.shape[1] - c.teacher_in_group
-    if exact:
-        rows = (-1, arrays["mask"].shape[-1])
-        kl = grpo.mean_over_tokens(scores.kl.reshape(rows), used.arrays["mask"].reshape(rows))
-        kl = np.asarray(kl).reshape(used.valid.shape)[:, :sampled]
-    else:
-        own = {name: used.arrays[name][:, :sampled] for name in ("logprobs", "ref", "mask")}
-        kl = sampled_kl(own, "k1" if c.kl_estimator == "exact" else c.kl_estimator)
+    own = {name: used.arrays[name][:, :sampled] for name in ("logprobs", "ref", "mask")}
+    kl = completion_kl(own, None if scores is None else scores.kl[:, :sampled], config)
     if c.teacher_in_group:  # no policy of ours sampled it, so it has no KL: it neither gains nor loses by the others'
         scored = np.where(used.valid[:, :sampled], kl, 0.0).sum(1) / np.maximum(used.valid[:, :sampled].sum(1), 1)
         kl = np.concatenate([kl, scored[:, None]], axis=1)
@@ -284,17 +292,57 @@ def _weigh(
     )
     advantages = advantages * live.reshape(-1, *[1] * (advantages.ndim - 1))
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
-    batch = batch._replace(advantages=put(advantages.astype(np.float32)))
-    gap = None
-    if c.importance_cap:
-        apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
-        gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
-        weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, c.importance_cap)
-        batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
-    if settings.kl_in_loss not in (None, "exact"):
-        batch = batch._replace(ref_logprobs=put(arrays["ref"]))
+    batch, gap = with_advantages(student, batch, arrays, advantages, scores, config, settings)
     if c.teacher_in_group:
         imitated = np.zeros(used.valid.shape, bool)
         imitated[:, -1] = True
         batch = batch._replace(imitated=put(imitated))
     return batch, features, gap
+
+
+def needed_scores(
+    student: Student, lora: dict, batch: TrainBatch, config: TrainConfig, settings: StepSettings
+) -> TokenLogprobs | None:
+    """The trainer's own scores of a batch [P, G, T], where K or the importance weights are made of them."""
+    c = config.grpo
+    if not c.importance_cap and (c.kl_estimator != "exact" or c.kl_placement != "reward"):
+        return None
+    return current_scores(student.decoder, student.params, lora, student.automaton, batch, settings=settings)
+
+
+def completion_kl(arrays: dict[str, np.ndarray], exact: jax.Array | None, config: TrainConfig) -> np.ndarray:
+    """K [P, G] of completions that our policy sampled; `exact` [P, G, T] is every token's, where K is made of it."""
+    c = config.grpo
+    if c.kl_estimator != "exact" or c.kl_placement != "reward":
+        return sampled_kl(arrays, "k1" if c.kl_estimator == "exact" else c.kl_estimator)
+    rows = (-1, arrays["mask"].shape[-1])
+    mean = grpo.mean_over_tokens(exact.reshape(rows), arrays["mask"].reshape(rows))
+    return np.asarray(mean).reshape(arrays["mask"].shape[:-1])
+
+
+def with_advantages(
+    student: Student,
+    batch: TrainBatch,
+    arrays: dict[str, np.ndarray],
+    advantages: np.ndarray,
+    scores: TokenLogprobs | None,
+    config: TrainConfig,
+    settings: StepSettings,
+) -> tuple[TrainBatch, float | None]:
+    """The batch with its advantages and what else the update is to read: importance weights, the reference's log-probs.
+
+    `arrays` are those the batch was made of. Also how far the sampler's log-probs are from the batch's, where these are
+    not the sampler's, over all members that we sampled.
+    """
+    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    batch = batch._replace(advantages=put(advantages.astype(np.float32)))
+    gap, cap = None, config.grpo.importance_cap
+    if cap:
+        sampled = arrays["mask"].shape[1] - config.grpo.teacher_in_group
+        apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
+        gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
+        weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, cap)
+        batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
+    if settings.kl_in_loss not in (None, "exact"):
+        batch = batch._replace(ref_logprobs=put(arrays["ref"]))
+    return batch, gap

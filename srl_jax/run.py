@@ -33,6 +33,8 @@ class Run:
       student: the loaded base model with tokenizer and grammar.
       rewards: scores rollouts, executing only when the reward has an execution term.
       judge: scores held-out answers, executing them when `eval.execute` or when the reward needs it.
+      sandbox: where training applies the actions of episodes, on this machine whatever `sandbox.server` says; None
+        unless `grpo.returns` asks for it.
       runners: test runners the sandbox can serve; None when nothing is executed.
       optimizer, rates: the gradient transformation and its learning-rate schedule.
       state: fresh training state, or the newest checkpoint's after `resume`.
@@ -60,8 +62,11 @@ class Run:
             if config.sandbox.server and not config.sandbox.ray_address and not token:
                 raise ConfigError("sandbox.server", config.sandbox.server, f"needs the token in ${SERVER_TOKEN}")
             reward = config.reward.build()
-            if not config.sandbox.server and (config.eval.execute or reward.needs_execution):
+            executes = not config.sandbox.server and (config.eval.execute or reward.needs_execution)
+            applies = config.plays_episodes and not self._read_only
+            if executes or applies:
                 sandbox = stack.enter_context(Sandbox(config.sandbox.build()))
+            self.sandbox = sandbox if applies else None
             self.student: Student = load_student(config, mesh)
             self.runners: frozenset[str] | None
             if config.sandbox.ray_address:
@@ -69,7 +74,7 @@ class Run:
             elif config.sandbox.server:
                 self._open_remote(stack, reward, token)
             else:
-                self._open_local(stack, reward, sandbox)
+                self._open_local(stack, reward, sandbox if executes else None)
             self.optimizer: optax.GradientTransformation
             updates, optim = config.updates_per_step, dataclasses.asdict(config.optim)
             optim["warmup_steps"] *= updates

@@ -62,6 +62,8 @@ def profile(config: TrainConfig, records: Iterator[Any], out: Path, steps: int) 
     """
     if config.method != "srl":
         raise ConfigError("method", config.method, "only a step of method 'srl' has all these parts")
+    if config.plays_episodes:
+        raise ConfigError("grpo.returns", config.grpo.returns, "must be 'step': only a step without episodes is timed")
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a trace of every Python call would itself be most of the host's time
     with Run(config, out / "run") as run:

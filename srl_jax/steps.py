@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srl_jax import control, flops
+from srl_jax.chains import collect_episodes
 from srl_jax.config import TrainConfig, config_hash
 from srl_jax.groups import COMPONENTS
 from srl_jax.replay import ReplayWriter
@@ -64,10 +65,15 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
         work.scored += 2 * flops.positions(batch)
     else:
         key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
-        rollout = collect_rollouts(
-            student, run.state.lora, records, key, run.rewards, config, settings,
-            kl_coef=coefficient, value=run.state.value,
-        )  # fmt: skip
+        if config.plays_episodes:
+            rollout = collect_episodes(
+                student, run.state.lora, records, key, run.rewards, run.sandbox, config, settings, kl_coef=coefficient
+            )
+        else:
+            rollout = collect_rollouts(
+                student, run.state.lora, records, key, run.rewards, config, settings,
+                kl_coef=coefficient, value=run.state.value,
+            )  # fmt: skip
         batch, metrics = rollout.batch, dict(rollout.metrics)
         work.sampled += flops.sampled_positions(rollout.drawn.arrays)
         work.scored += flops.sampled_positions(rollout.drawn.arrays)

@@ -34,11 +34,11 @@ from srl_jax.steps import BROKEN, take_step
 class RecordStream(Protocol):
     """Records for ever, with a position that can be saved as JSON: what the data pipeline hands over.
 
-    Teacher records; stored rollouts for method "replay".
+    Teacher records; whole episodes of them where `grpo.returns` needs these; stored rollouts for method "replay".
     """
 
-    def __next__(self) -> TeacherRecord | ReplayGroup: ...
-    def __iter__(self) -> Iterator[TeacherRecord | ReplayGroup]: ...
+    def __next__(self) -> TeacherRecord | list[TeacherRecord] | ReplayGroup: ...
+    def __iter__(self) -> Iterator[TeacherRecord | list[TeacherRecord] | ReplayGroup]: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
 
@@ -148,7 +148,9 @@ def _loop(
     config, student = run.config, run.student
     tasks = fitting_tasks(student, held_out, config, runners=run.runners, note=writer.note)
     needs_sandbox = config.reward.execution > 0 and config.method != "replay"
-    records = executable_only(stream, run.runners) if needs_sandbox else stream
+    records = stream
+    if needs_sandbox:
+        records = executable_only(stream, run.runners, list if config.plays_episodes else lambda record: [record])
 
     def assess(name: str, adapters: dict | None, *, again: bool = False) -> float | None:
         """The mean reward of the evaluation called `name`, which is made unless it is there."""

@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from srl_jax import credit, grpo
 
@@ -77,3 +80,58 @@ def test_returns_refuse_what_is_no_return():
     for wrong in ({"horizon": 0}, {"discount": 1.5}, {"discount": -0.1}):
         with pytest.raises(ValueError, match=r"horizon is 0|discount is"):
             credit.episode_returns(REWARDS, **wrong)
+
+
+def test_a_return_is_known_when_every_reward_it_sums_is():
+    scored, present = jnp.array([[1, 0, 1, 1], [1, 1, 0, 0]]), jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    known = lambda **options: credit.known_returns(scored, present, **options).astype(int).tolist()
+    assert known() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert known(discount=0.0) == known(horizon=1) == [[1, 0, 1, 1], [1, 1, 0, 0]]
+    later = jnp.array([[1, 1, 0, 1], [1, 0, 0, 0]])
+    assert credit.known_returns(later, present, horizon=2).astype(int).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
+
+
+E, S = 3, 4
+_REWARDS = arrays(np.float32, (E, S), elements=st.floats(-0.25, 1.0, width=32, allow_subnormal=False))
+_LENGTHS = arrays(np.int32, (E,), elements=st.integers(1, S))
+_SCORED = arrays(bool, (E, S))
+_DISCOUNTS = st.sampled_from([0.0, 0.25, 0.9, 1.0])
+
+
+def _present(lengths):
+    return np.arange(S)[None, :] < lengths[:, None]
+
+
+@given(_REWARDS, _LENGTHS, _DISCOUNTS, st.integers(1, S + 2))
+def test_returns_are_their_sums(rewards, lengths, discount, horizon):
+    present = _present(lengths)
+    got = credit.episode_returns(rewards, present, discount=discount, horizon=horizon)
+    for (e, t), value in np.ndenumerate(np.asarray(got)):
+        ahead = range(t, min(t + horizon, lengths[e]))
+        assert value == pytest.approx(sum(discount ** (k - t) * float(rewards[e, k]) for k in ahead), abs=1e-5)
+
+
+@given(_REWARDS, _LENGTHS, _DISCOUNTS)
+def test_the_ends_of_the_scale_of_returns(rewards, lengths, discount):
+    present = _present(lengths)
+    returns = lambda **options: np.asarray(credit.episode_returns(rewards, present, **options))
+    own = np.where(present, rewards, 0)
+    np.testing.assert_array_equal(returns(discount=0.0), own)
+    np.testing.assert_array_equal(returns(discount=discount, horizon=1), own)
+    np.testing.assert_array_equal(returns(discount=discount, horizon=S + 1), returns(discount=discount))
+    last = (np.arange(E), lengths - 1)  # so an episode of one step has its reward for a return
+    np.testing.assert_array_equal(returns(discount=discount)[last], rewards[last])
+
+
+@given(_REWARDS, _LENGTHS, _SCORED, _DISCOUNTS, st.integers(1, S + 2), st.sampled_from([-5.0, 0.5, 3.0]))
+def test_a_known_return_does_not_depend_on_what_nobody_knows(rewards, lengths, scored, discount, horizon, other):
+    present, options = _present(lengths), {"discount": discount, "horizon": horizon}
+    known = np.asarray(credit.known_returns(scored, present, **options))
+    returns = [
+        np.asarray(credit.episode_returns(np.where(scored, rewards, unknown), present, **options))
+        for unknown in (0.0, other)
+    ]
+    np.testing.assert_array_equal(returns[0][known], returns[1][known])
+    assert not known[~present].any() and known[present & scored & (discount == 0)].all()
+    if scored[present].all():
+        np.testing.assert_array_equal(known, present)
