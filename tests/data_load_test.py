@@ -154,6 +154,8 @@ def test_a_plan_that_cannot_be_is_refused(data, wrong, message):
 def test_the_benchmark_counts_records(data):
     measured = benchmark(data, records=50)
     assert measured["records"] == 50 and measured["records_per_second"] > 0
+    assert measured["distinct"] == len(set(ids(islice(make_stream(data, "train", seed=0), 200, 250))))
+    assert measured["bytes"] == sum(path.stat().st_size for path in (data / "train").glob("*.arrayrecord"))
 
 
 def replace_one_record(data, payload):

@@ -22,6 +22,8 @@ from srl_jax.records import (
     decode_replay,
     encode_record,
     encode_replay,
+    task_from_json,
+    task_to_json,
 )
 from srl_jax.trace import Action, StateUpdate, Trace, render_trace
 
@@ -255,6 +257,32 @@ def test_round_trip_property(files, instruction, quality, difficulty):
     record = make_record(task=task, trace_quality=quality)
     assert decode_record(encode_record(record)).task == task
     assert decode_record(encode_record(record)) == record
+
+
+def test_a_task_alone_is_named_from_the_task_on():
+    value = task_to_json(make_record().task)
+    assert task_from_json(value) == make_record().task
+    with pytest.raises(CorruptRecord, match=r"^task\.files\[1\]\.text is a int, must be str$"):
+        task_from_json({**value, "files": [value["files"][0], {"path": "a", "text": 1}]})
+    with pytest.raises(CorruptRecord, match=r"^task must be an object, not list$"):
+        task_from_json([])
+    with pytest.raises(CorruptRecord, match=r"^record must be an object, not list$"):
+        decode_record(b'{"kind":"teacher","record":[]}')
+    with pytest.raises(CorruptRecord, match=r"^task\.tests\.files\[0\] is a int, must be str$"):
+        task_to_json(dataclasses.replace(make_record().task, tests=TestSpec("unittest", ("a",), (1,))))
+
+
+@pytest.mark.parametrize(("depth", "fits"), [(60, True), (61, False)])
+def test_free_objects_are_nested_only_so_deep(depth, fits):
+    value = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"inner": value}
+    record = make_record(env_report={"value": value})
+    if fits:
+        assert decode_record(encode_record(record)) == record
+    else:
+        with pytest.raises(CorruptRecord, match=r"^env_report is nested more than 60 deep$"):
+            encode_record(record)
 
 
 def test_replay_round_trip_is_exact():

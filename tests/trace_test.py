@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from srl_jax.trace import (
     render_action,
     render_state,
     render_trace,
+    strict_json,
 )
 
 ACTION = {"language": "python", "pattern": "print($A)", "replacement": "logger.info($A)", "files": ["src/app.py"]}
@@ -172,6 +174,42 @@ def test_tag_text_cannot_be_smuggled_in_by_escapes(tag):
 )
 def test_json_rejections(text, expected):
     assert rejection(parse_action, text) == (expected, "action")
+
+
+json_texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | json_texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(json_texts, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def same_as_json(text):
+    return repr(strict_json(text, max_bytes=10**6, max_depth=None)) == repr(json.loads(text))
+
+
+@given(json_values, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
+def test_strict_json_reads_what_json_reads_however_it_is_written(value, separators, ensure_ascii):
+    assert same_as_json(json.dumps(value, separators=separators, ensure_ascii=ensure_ascii))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1E5", "1e22", "1e-05", "-0", "-0.0", "1e400", "5e-324", "0.10",
+     str(2**63), str(2**64 - 1), str(2**64), str(-(2**63) - 1),
+     '"\\/"', '"\\u007f"', '"\x7f\u2028"', '"\\ud83d\\ude00"', '" \\u0000"', "[]", " {} "],
+)  # fmt: skip
+def test_strict_json_reads_odd_spellings_as_json_does(text):
+    assert same_as_json(text)
+
+
+@pytest.mark.parametrize("text", ['{"a":1,"a":1}', '[{"b":{"a":1,"a":2}}]', '{"a":1,"\\u0061":1}'])
+def test_a_key_twice_is_refused_in_compact_json_too(text):
+    assert rejection(partial(strict_json, max_bytes=100, max_depth=None), text) == (Rejection.DUPLICATE_KEY, None)
 
 
 def test_whole_surrogate_pairs_and_brackets_in_strings_are_fine():
