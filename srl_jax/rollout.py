@@ -256,13 +256,16 @@ def _weigh(
     """The batch of groups of which only the `live` ones are trained on, and the value head's features.
 
     Last, where the batch's old log-probs are not the sampler's, how far they are from those: the update cannot tell.
+    They are the trainer's where the two are known to differ: with `importance_cap`, and where the sampler kept rounded
+    keys and values. The KL in the reward is then the trainer's too.
     """
     c = config.grpo
+    apart = bool(c.importance_cap) or student.cache_is_rounded
     arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
     batch = make_batch(student, arrays, np.zeros(used.valid.shape))
     exact = c.kl_estimator == "exact" and c.kl_placement == "reward"
     scores = None
-    if exact or c.importance_cap:
+    if exact or apart:
         scores = current_scores(student.decoder, student.params, lora, student.automaton, batch, settings=settings)
     sampled = used.valid.shape[1] - c.teacher_in_group
     if exact:
@@ -271,6 +274,8 @@ def _weigh(
         kl = np.asarray(kl).reshape(used.valid.shape)[:, :sampled]
     else:
         own = {name: used.arrays[name][:, :sampled] for name in ("logprobs", "ref", "mask")}
+        if apart:
+            own["logprobs"] = np.asarray(scores.logprobs)[:, :sampled]
         kl = sampled_kl(own, "k1" if c.kl_estimator == "exact" else c.kl_estimator)
     if c.teacher_in_group:  # no policy of ours sampled it, so it has no KL: it neither gains nor loses by the others'
         scored = np.where(used.valid[:, :sampled], kl, 0.0).sum(1) / np.maximum(used.valid[:, :sampled].sum(1), 1)
@@ -286,11 +291,13 @@ def _weigh(
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
     batch = batch._replace(advantages=put(advantages.astype(np.float32)))
     gap = None
-    if c.importance_cap:
-        apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
-        gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
-        weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, c.importance_cap)
-        batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
+    if apart:
+        gaps = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
+        gap = float(np.mean(gaps, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
+        if c.importance_cap:
+            weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, c.importance_cap)
+            batch = batch._replace(token_weights=weights)
+        batch = batch._replace(old_logprobs=scores.logprobs)
     if settings.kl_in_loss not in (None, "exact"):
         batch = batch._replace(ref_logprobs=put(arrays["ref"]))
     if c.teacher_in_group:
