@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,65 @@ def test_smollm2_from_gguf_agrees_with_transformers():
     with torch.no_grad():
         expected = peer(torch.tensor(tokens)).logits.numpy()
     assert np.abs(_full_logits(config, params, tokens) - expected).max() < 1e-3
+
+
+def _write_gguf(peer, path, factors=None):
+    """A GGUF file of a transformers model by llama.cpp's own package and names, Llama's q and k permuted as there."""
+    config = peer.config
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+    names = gguf.get_tensor_name_map(arch[config.model_type], config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    for name, tensor in peer.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+        if config.model_type == "llama" and (n := heads.get(name.split(".", 4)[-1])):
+            tensor = tensor.reshape(n, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["llama-untied", "llama-tied-mha", "qwen2", "qwen3-wide-heads"])
+def test_a_gguf_file_gives_the_model_of_the_safetensors(name, tmp_path):
+    peer = make_peer(name)
+    peer.save_pretrained(tmp_path)
+    _write_gguf(peer, tmp_path / "model.gguf")
+    config, params = hf.load_params(tmp_path)
+    from_gguf, same = hf.load_params(tmp_path / "model.gguf")
+    assert from_gguf.norm_eps == pytest.approx(config.norm_eps)  # stored in single precision
+    assert dataclasses.replace(from_gguf, norm_eps=config.norm_eps) == config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_gguf_file_of_llama_3_carries_its_rope_scaling(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    peer = make_peer("llama-untied", rope_parameters=rope, head_dim=64)
+    plain = 1 / 5e5 ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64)
+    factors = (plain / peer.model.rotary_emb.inv_freq).numpy()
+    _write_gguf(peer, tmp_path / "model.gguf", factors)
+    peer.save_pretrained(tmp_path)
+    assert hf.read_config(tmp_path / "model.gguf").rope_scaling == hf.read_config(tmp_path).rope_scaling
+    _write_gguf(peer, tmp_path / "odd.gguf", factors[::-1].copy())
+    with pytest.raises(families.UnsupportedModel, match=r"rope_freqs\.weight is not Llama 3's"):
+        hf.read_config(tmp_path / "odd.gguf")
 
 
 def _adapted(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import struct
@@ -15,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from srl_jax.records import TestSpec
 from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, SandboxCrash, SandboxUnavailable, cgroup, isolation, seccomp
+from srl_jax.sandbox.guest import launch
 from srl_jax.sandbox.isolation import Jail, SlotPool, open_jail
 from srl_jax.sandbox.toolchain import Bind, cache_directory, find_toolchain
 
@@ -283,6 +287,26 @@ class TestStaging:
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.stdout.startswith("True bubblewrap (unprivileged"), done.stderr
+
+
+_PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+class TestGuestsJson:
+    """guest/launch.py does without the json module, whose import would be a third of a run."""
+
+    @given(_PLAIN)
+    def test_it_writes_and_reads_what_json_reads_and_writes(self, value):
+        assert json.loads(launch.dumps(value)) == value
+        assert launch.loads(json.dumps(value)) == value
+
+    @pytest.mark.parametrize("text", ["", " ", "{", "nonsense", '{"a": }', "1 2", '"\x00"', "[1,]"])
+    def test_what_is_not_json_is_a_value_error(self, text):
+        with pytest.raises(ValueError):
+            launch.loads(text)
 
 
 class TestJail:

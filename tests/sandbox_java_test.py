@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import textwrap
 
 import pytest
 
 from srl_jax.records import TestSpec
-from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, Status
+from srl_jax.sandbox import Limits, Sandbox, SandboxConfig, Status, toolchain
 from srl_jax.trace import Action
+from tests.sandbox_isolation_test import let_others_in
 
 pytestmark = pytest.mark.skipif(shutil.which("javac") is None, reason="there is no JDK: Java tests are left out")
 
@@ -151,3 +154,27 @@ def test_what_never_ends_is_stopped():
 def test_the_tests_are_protected(sandbox):
     action = Action("java", "assert $A == $B;", ";", ("tests/*.java",))
     assert sandbox.execute(action, FILES, tests=SPEC).status is Status.PATH_DENIED
+
+
+class TestStagedRunner:
+    def test_the_machine_accepts_the_archive_and_does_without_it(self, tmp_path):
+        found = toolchain.find_toolchain()
+        archived = [option for option in found.java_runner if option.startswith("-XX:SharedArchiveFile=")]
+        (tmp_path / "T.java").write_text("public class T { public void testIt() {} }")
+        for options in (["-Xshare:on", *found.java_runner], [o for o in found.java_runner if o not in archived]):
+            command = [found.java, *toolchain.JAVA_OPTIONS, *options[:-1], f"-Drepository={tmp_path}"]
+            command += [f"-Djava.io.tmpdir={tmp_path}", options[-1]]
+            done = subprocess.run(command, input="n\0T.java", capture_output=True, text=True, timeout=60, check=True)
+            assert '"id": "T.java::testIt", "outcome": "passed"' in done.stdout, done.stderr
+        assert archived
+
+    def test_a_jdk_that_cannot_compile_the_runner_is_none(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(toolchain.CACHE_VARIABLE, str(tmp_path / "cache"))
+        (tmp_path / "bin").mkdir()
+        for name, code in (("java", 0), ("javac", 1)):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexit {code}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        let_others_in(tmp_path, 0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        with Sandbox() as without:
+            assert "java" not in without.runners

@@ -113,12 +113,13 @@ class TestSuccess:
 
 
 class TestUnittestRunner:
-    def test_what_keeps_the_supervisor_busy_is_a_timeout_and_no_crash(self):
+    @pytest.mark.parametrize(("size", "ends"), [(65536, ("output_limit",)), (1, ("timeout", "cut"))])
+    def test_what_keeps_the_supervisor_busy_is_the_guests_failure_and_no_crash(self, size, ends):
         """The supervisor's processor time is not what a flood may use up: a crash would leave the policy unscored."""
-        flood = {"test_x.py": "import os\nwhile True: os.write(1, b'x' * 65536)\n"}
+        flood = {"test_x.py": f"import os\nwhile True: os.write(1, b'x' * {size})\n"}
         with Sandbox(SandboxConfig(test_limits=Limits(wall_s=4.0, cpu_s=1))) as hasty:
             outcome = hasty.run_tests(flood, TestSpec("unittest", (), ("test_x.py",)))
-        assert outcome.ended in ("timeout", "cut")
+        assert outcome.ended in ends
 
     def run(self, sandbox, body, **more):
         files = {"test_x.py": "import unittest\n" + body, **more}

@@ -277,7 +277,8 @@ class TestCache:
             items = [ScoreRequest(completion(think=f"thought {i}"), record) for i in range(6)]
             first = rewards.score(items)
             assert rewards.score(items) == first
-            assert rewards.counts["cached"] == 22  # eleven executions, eleven looks at the teacher's matches
+            # Eleven executions; the teacher's matches are not asked for, since its action is the students'.
+            assert rewards.counts["cached"] == 11
         assert sandbox.calls == 1
 
     def test_timeouts_and_failures_are_not_remembered(self, record):
@@ -350,11 +351,12 @@ class TestMatchF1:
         with pytest.raises(ValueError, match="match_gate"):
             service(reward=self.GATED)
 
-    def test_a_teacher_that_times_out_leaves_the_item_unscored(self, record):
-        slow = FakeSandbox(lambda call: report())
+    @pytest.mark.parametrize("action", [dataclasses.replace(ACTION, replacement="newer($X)"), ACTION])
+    def test_a_teacher_that_times_out_leaves_the_item_unscored(self, record, action):
+        slow = FakeSandbox(lambda call: report(False, Status.TIMEOUT) if action == ACTION else report())
         slow.apply = lambda action, files, protected: EngineResult(Status.TIMEOUT, files)
         with service(slow, self.GATED, retries=1) as rewards:
-            score = rewards.score([ScoreRequest(completion(), record)])[0]
+            score = rewards.score([ScoreRequest(completion(action=action), record)])[0]
         assert score.reward is None
         assert "teacher" in score.unscored
 

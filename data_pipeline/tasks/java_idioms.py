@@ -183,10 +183,10 @@ RULES = (
             java_scene(
                 """
      static Object[] «verb»«Noun»(boolean «field», int «kw») {
-         Object limit = new «Noun»(«kw»);
+         Object built = new «Noun»(«kw»);
 -        Object flag = new Boolean(«field»);
 +        Object flag = Boolean.valueOf(«field»);
-         return new Object[] {flag, limit};
+         return new Object[] {flag, built};
      }
 """,
                 others={"«Noun».java": " record «Noun»(int value) {\n }\n"},

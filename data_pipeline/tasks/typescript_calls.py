@@ -234,10 +234,10 @@ RULES = (
             typescript_scene(
                 """
  export function «verb»«Noun»(«kw»?: number, «field»?: string): unknown[] {
--  const size = «kw» !== undefined ? «kw» : «n»;
-+  const size = «kw» ?? «n»;
-   const label = «field» !== undefined ? "«word»" : "none";
-   return [size, label];
+-  const chosen = «kw» !== undefined ? «kw» : «n»;
++  const chosen = «kw» ?? «n»;
+   const shown = «field» !== undefined ? "«word»" : "none";
+   return [chosen, shown];
  }
 """,
                 overbroad=("$A !== undefined ? $C : $B", "$A ?? $B"),

@@ -162,12 +162,12 @@ _ANNOTATIONS = (
             typescript_scene(
                 """
  export function «verb»«Noun»(«field»: string): string {
--  const title: String = «field».trim();
-+  const title: string = «field».trim();
+-  const text: String = «field».trim();
++  const text: string = «field».trim();
    const when: Date = new Date(«n»);
 -  const suffix: String = "«word»";
 +  const suffix: string = "«word»";
-   return title.concat(suffix, when.toISOString());
+   return text.concat(suffix, when.toISOString());
  }
 """,
                 overbroad=("const $N: $T = $V;", "const $N: string = $V;"),
@@ -307,8 +307,8 @@ _ASSERTIONS = (
  export function «verb»«Noun»(«noun»: object, «field»: object): unknown {
 -  const raw = «noun» as any;
 +  const raw = «noun» as unknown;
-   const name = «field» as String;
-   return [raw, name, «n»];
+   const text = «field» as String;
+   return [raw, text, «n»];
  }
 """,
                 overbroad=("$X as $T", "$X as unknown"),

@@ -19,7 +19,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from srl_jax.model import quantize as quantization
-from srl_jax.model.families import ModelConfig, UnsupportedModel, from_gguf, from_hf
+from srl_jax.model.decoder import rope_frequencies
+from srl_jax.model.families import ModelConfig, RopeScaling, UnsupportedModel, from_gguf, from_hf
 
 NewRows = Mapping[int, Mapping[int, float]]  # id of a token that the tokenizer adds -> {source id: weight}
 
@@ -78,6 +79,8 @@ class _GgufSource:
         fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("tokenizer.")}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         self.config = from_gguf(fields, shapes)
+        if (factors := self.get("rope_freqs.weight")) is not None:
+            self.config = dataclasses.replace(self.config, rope_scaling=_llama3_scaling(self.config, factors))
 
     def get(self, name: str) -> np.ndarray | None:
         import gguf
@@ -91,6 +94,15 @@ class _GgufSource:
             heads = self.config.n_heads if "attn_q" in name else self.config.n_kv_heads
             array = array.reshape(heads, self.config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
         return array
+
+
+def _llama3_scaling(config: ModelConfig, factors: np.ndarray) -> RopeScaling:
+    """What a GGUF file of Llama 3.1 and later says by divisors of the rotary frequencies, the largest its factor."""
+    scaling = RopeScaling("llama3", float(factors.max()))
+    plain, stretched = (rope_frequencies(config.head_dim, config.rope_theta, kind) for kind in (None, scaling))
+    if factors.shape != plain.shape or not np.allclose(plain / stretched, factors, rtol=1e-3):
+        raise UnsupportedModel("GGUF: rope_freqs.weight is not Llama 3's scaling; load the safetensors instead")
+    return scaling
 
 
 def _read_hf_config(path: Path) -> ModelConfig:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import math
 import os
 import resource
@@ -63,7 +64,7 @@ class Limits:
     output_bytes: int = 16 << 20
 
     def rlimits(self) -> dict[str, int]:
-        """RLIMIT name -> value, for guest/launch.py.
+        """RLIMIT name -> value.
 
         The guest program itself, which only feeds and watches a child, has processor time for as long as it may run:
         a child that keeps it busy must not be able to have it killed.  The child gets `cpu_s`.
@@ -124,11 +125,11 @@ class Jail:
         binds: Sequence[Bind] = (),
         alongside: Sequence[str] = (),
     ) -> Completed:
-        """Run guest/<guest>.py with `job` as JSON on stdin; `repository` (path -> text) is mounted read-only on /repo.
+        """Run guest/<guest>.py, whose `main` gets `job`; `repository` (path -> text) is mounted read-only on /repo.
 
-        No two runs at once may have the same `slot`; `alongside` names further files of guest/
-        that must be present.  The whole namespace is gone when this returns.  Raises SandboxCrash when the isolation
-        fails, ValueError for a repository that cannot be laid out.
+        `job` is plain data: dicts, lists, strings, numbers.  No two runs at once may have the same `slot`; `alongside`
+        names further files of guest/ that must be present.  The whole namespace is gone when this returns.  Raises
+        SandboxCrash when the isolation fails, ValueError for a repository that cannot be laid out.
         """
         if self.drops_privileges and not slot.uid:
             raise ValueError("running as root needs a slot with an unprivileged uid")
@@ -149,7 +150,8 @@ class Jail:
                 *self._enter(slot),
                 str(self.bwrap), "--args", arguments, "--",
                 self.toolchain.python, "-I", "-S", "-B",
-                "/guest/launch.py", json.dumps(limits.rlimits()), f"/guest/{guest}.py",
+                "/guest/launch.py", ",".join(f"{name}={value}" for name, value in limits.rlimits().items()),
+                f"/guest/{guest}.py",
             ]  # fmt: skip
             started, starved = time.monotonic(), _memory_kills(slot)
             try:
@@ -170,7 +172,7 @@ class Jail:
                 init = _Init(told)
                 watched = None if slot.cgroup else slot.memory_bytes
                 try:
-                    told_job = json.dumps({**job, "cpu_s": limits.cpu_s}).encode()
+                    told_job = marshal.dumps({**job, "cpu_s": limits.cpu_s})
                     ended, stdout, stderr = _converse(process, told_job, limits, init, watched)
                 finally:
                     _end(process, init)

@@ -44,7 +44,12 @@ PROTECTED = (
 
 _TEST_SUFFIXES = {"unittest": (".py",), "pytest": (".py",), "node": (".js", ".mjs", ".cjs"), "java": (".java",)}
 
-_COMPANIONS = {"node": "node_reporter.mjs", "java": "RunJava.java"}  # of guest/run_tests.py
+_COMPANIONS = {  # of guest/run_tests.py; what it needs for Java, the toolchain binds
+    "unittest": ("run_unittest.py",),
+    "pytest": ("run_pytest.py",),
+    "node": ("node_reporter.mjs",),
+    "java": (),
+}
 
 
 class RunnerUnavailable(SandboxUnavailable):
@@ -268,9 +273,14 @@ class Sandbox:
             "files": list(selected),
             "wall_s": limits.wall_s * 0.9,  # the guest reports its own timeouts, with what passed so far
             "nonce": secrets.token_hex(16),
-            "programs": {"python": toolchain.python, "node": toolchain.node, "java": toolchain.java},
+            "programs": {
+                "python": toolchain.python,
+                "node": toolchain.node,
+                "java": toolchain.java,
+                "java_runner": toolchain.java_runner,
+            },
         }
-        alongside = (_COMPANIONS.get(tests.runner, f"run_{tests.runner}.py"),)
+        alongside = _COMPANIONS[tests.runner]
         binds = (toolchain.pytest,) if tests.runner == "pytest" and toolchain.pytest else ()
         with self._slot() as slot:
             done = self._jail.run(
@@ -285,7 +295,7 @@ class Sandbox:
             answer = json.loads(done.stdout)
         except ValueError:
             return TestOutcome("cut", output="the supervisor's answer was cut")
-        ended = "timeout" if answer["ended"] == "timeout" else "finished" if answer["finished"] else "cut"
+        ended = "finished" if answer["finished"] else "cut" if answer["ended"] == "exit" else answer["ended"]
         return TestOutcome(
             ended, tuple(answer["passed"]), tuple(answer["failed"]), tuple(answer["skipped"]), answer["output"]
         )

@@ -105,6 +105,7 @@ class ServiceConfig:
 
 
 _Value = TypeVar("_Value")
+_TEACHER_TIMED_OUT = "the teacher's own action timed out: "
 Places = frozenset[tuple[str, int, int]]
 
 
@@ -212,8 +213,11 @@ class RewardService:
         teachers = [self._teacher(item.record) for item in items]
         students = [_parsed(item.completion) for item in items]
         # The teachers' matches before the executions, which may use up the time: they are few, quick and kept.
+        # Where the student's action is the teacher's own, its execution gives them.
         references = [
-            self._start_reference(item.record.task, teacher.trace.action, deadline) if student else None
+            self._start_reference(item.record.task, teacher.trace.action, deadline)
+            if student and student.action != teacher.trace.action
+            else None
             for item, student, teacher in zip(items, students, teachers, strict=True)
         ]
         # These run while this thread embeds and compares.
@@ -228,6 +232,11 @@ class RewardService:
         ):
             report, trouble = _await(execution, deadline)
             wanted, reference_trouble = _await(reference, deadline)
+            if report is not None and reference is None:
+                if report.status is Status.TIMEOUT:
+                    reference_trouble = f"infrastructure: {_TEACHER_TIMED_OUT}{report.detail}"
+                else:
+                    wanted = frozenset(report.places)
             if self._reward.match_gate > 0:
                 trouble = trouble or reference_trouble
             f1 = precision = recall = None
@@ -317,7 +326,7 @@ class RewardService:
             protected = exact_globs(task.tests.files) if task.tests else ()
             result = sandbox.apply(action, {file.path: file.text for file in task.files}, protected=protected)
             if result.status is Status.TIMEOUT:
-                raise SandboxCrash(f"the teacher's own action timed out: {result.detail}")
+                raise SandboxCrash(_TEACHER_TIMED_OUT + result.detail)
             return result.places
 
         return self._once(self._references, execution_key(action, task), apply, lambda places: False, deadline)

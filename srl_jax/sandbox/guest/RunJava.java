@@ -4,7 +4,7 @@
 // A test file T.java declares a class T.  Its tests are `public static void main(String[])`, with the id
 // "path/T.java::main", and every public method without parameters whose name begins with "test", run on an object of
 // its own, with the id "path/T.java::testName".  A test passed when it returned.  Assertions are switched on.
-// Started in source mode, so that one virtual machine compiles this file, the repository, and runs it.
+// One virtual machine compiles the repository and runs it. This file itself is compiled once (srl_jax/sandbox/toolchain.py).
 
 import com.sun.source.tree.CompilationUnitTree;
 import com.sun.source.util.JavacTask;
@@ -34,7 +34,8 @@ import javax.tools.StandardJavaFileManager;
 import javax.tools.ToolProvider;
 
 public class RunJava {
-    static final Path REPOSITORY = Path.of("/repo"), CLASSES = Path.of("/tmp/classes");
+    static final Path REPOSITORY = Path.of(System.getProperty("repository", "/repo"));
+    static final Path CLASSES = Path.of(System.getProperty("java.io.tmpdir"), "classes");
     static PrintStream results;
     static String nonce;
 

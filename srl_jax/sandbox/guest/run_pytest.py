@@ -1,6 +1,6 @@
 """The child of run_tests.py for pytest: run the named test files, report each test over descriptor 3.
 
-stdin: {"files": test files relative to /repo, "nonce"}
+stdin: the nonce and the test files relative to /repo, NUL between them
 An id is pytest's node id.  A test passed when its call did and neither its set-up nor its teardown failed; skips,
 expected failures and unexpected passes are no evidence and count as skipped.  Installed plugins are not loaded;
 the repository's own conftest.py and settings are, since no action may edit them.
@@ -36,16 +36,16 @@ class Reporter:
 
 
 def main(leave=os._exit):
-    job = json.load(sys.stdin)
+    nonce, *files = sys.stdin.read().split("\0")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.append("/guest/site")
     import pytest
 
-    reporter = Reporter(job["nonce"])
+    reporter = Reporter(nonce)
     sys.path.insert(0, "/repo")
     sys.argv = ["pytest"]
     options = ["-p", "no:cacheprovider", "--rootdir=/repo", "-q", "--color=no"]
-    code = pytest.main([*options, "--", *job["files"]], plugins=[reporter])
+    code = pytest.main([*options, "--", *files], plugins=[reporter])
     for stream in (sys.__stdout__, sys.__stderr__):
         stream.flush()
     reporter.report(end=True)

@@ -1,6 +1,6 @@
 """The child of run_tests.py for unittest: load the named test files, report each test over descriptor 3.
 
-stdin: {"files": test files relative to /repo, "nonce"}
+stdin: the nonce and the test files relative to /repo, NUL between them
 Everything the reporter needs is bound before the repository's first line runs, so that patching builtins, json or os
 afterwards changes nothing here.
 """
@@ -56,14 +56,14 @@ def result_class(report):
 
 
 def main(leave=os._exit):
-    job = json.load(sys.stdin)
-    report = reporter(job["nonce"])
+    nonce, *files = sys.stdin.read().split("\0")
+    report = reporter(nonce)
     runner = unittest.TextTestRunner(stream=sys.stderr, resultclass=result_class(report), warnings="ignore")
     loader = unittest.TestLoader()
     sys.argv = ["unittest"]
     sys.path.insert(0, "/repo")
     suite = unittest.TestSuite()
-    for file in job["files"]:
+    for file in files:
         name = file.removesuffix(".py").replace("/", ".")
         try:
             suite.addTest(loader.loadTestsFromName(name))
