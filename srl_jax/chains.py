@@ -121,7 +121,7 @@ def collect_episodes(
     arrays = {**rows, "mask": rows["mask"] & by_row(known & keep[:, None])[:, None, None]}
     batch = make_batch(student, arrays, np.zeros((len(arrays["mask"]), 1)))
     scores = needed_scores(student, lora, batch, config, settings)
-    kl = _as_groups(completion_kl(rows, None if scores is None else scores.kl, config)[:, 0], config)
+    kl = _as_groups(completion_kl(student, rows, scores, config)[:, 0], config)
     advantages = _advantages(groups, returns, known, kl, config, config.grpo.kl_coef if kl_coef is None else kl_coef)
     advantages = by_row(advantages * keep[:, None])[:, None]
     batch, gap = with_advantages(student, batch, arrays, advantages, scores, config, settings)

@@ -107,6 +107,10 @@ class SamplingSettings(Section):
     constrained: bool = True  # renormalise over the tokens the trace grammar allows
     drafts: int = number(0, at_least=0, at_most=16)  # tokens guessed ahead by prompt look-up: for few rows at once
     slots: int = number(0, at_least=0)  # prompts decoded at once, where all of a step's do not fit; 0: all
+    # Of the keys and values kept while sampling, in training, evaluation and rewriting; for where they do not fit.
+    # Narrower than the model they are rounded, and what is sampled differs a little from the policy that is trained:
+    # the update then takes its old log-probs from the trainer, and grpo.importance_cap = 2 would weigh the difference.
+    cache_dtype: str = choice("model", "bfloat16", "int8")
 
 
 @dataclasses.dataclass
@@ -125,7 +129,9 @@ class GrpoConfig(Section):
     clip_epsilon_low: float = number(0.2, above=0, below=1)
     clip_epsilon_high: float = number(0.2, above=0)
     negative_ratio_cap: float = number(0.0, at_least=0)  # dual clip, for several updates a rollout; 0: none
-    importance_cap: float = number(0.0, at_least=0)  # where sampler and trainer differ (bf16, quantised); 0: trusted
+    # Truncated importance weights, where sampler and trainer differ (bf16, a narrow sampling.cache_dtype); 0: none. Old
+    # log-probs and the KL in the reward are then the trainer's.
+    importance_cap: float = number(0.0, at_least=0)
     aggregation: str = choice("token", "sequence", "constant")
     entropy_coef: float = number(0.0, at_least=0)  # where the policy's entropy collapses
     malformed_advantage: str = choice("zero", "penalize")
@@ -506,6 +512,10 @@ def _validate_replay(config: TrainConfig) -> None:
         raise ConfigError("replay.record", True, f"method {config.method!r} samples nothing to record")
     if replay.record and grpo.teacher_in_group:
         raise ConfigError("replay.record", True, "a teacher's row has no log-probs; set grpo.teacher_in_group=False")
+    if replay.record and config.sampling.cache_dtype != "model":
+        raise ConfigError(
+            "replay.record", True, "needs sampling.cache_dtype='model': stored log-probs must be the policy's"
+        )
     if config.method != "replay":
         return
     if not replay.dir.strip():

@@ -60,6 +60,7 @@ _NO_LIMIT = 1 << 20
         "unbinds",
         "opens",
         "commas",
+        "also",
         "distance_to_end",
         "distance_to_think_end",
         "in_think",
@@ -86,6 +87,7 @@ class TokenAutomaton:
     unbinds: Int[Array, "E"]
     opens: Int[Array, "E"]
     commas: Int[Array, "E"]
+    also: Int[Array, "E"]
     distance_to_end: Int[Array, "S"]
     distance_to_think_end: Int[Array, "S"]
     in_think: Bool[Array, "S"]
@@ -262,6 +264,7 @@ def token_room(automaton: TokenAutomaton, state: GrammarState) -> Int[Array, "..
         & (distance < budget)
         & (automaton.distance_to_think_end[following] <= think_left)
         & ((needs == 0) | (needs & state.bound[..., None] != 0))
+        & (automaton.also[effect] & ~state.bound[..., None] == 0)
         & (state.brackets[..., None] + automaton.opens[effect] <= MAX_OPENED_BRACKETS)
         & ((automaton.commas[effect] == 0) | (state.commas[..., None] + automaton.commas[effect] <= MAX_COMMAS))
     )

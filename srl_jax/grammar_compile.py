@@ -52,7 +52,7 @@ class TokenTables:
     blocks int16 [U, BLOCK], block_row int16 [S, C / BLOCK]: the next states [S, C], cut into stretches of columns of
     which each different one is stored once: most states let nothing but a few tokens through;
     effect uint8 [R, C] for the R different rows of effects, effect_row int16 [S];
-    effects int32 [E, 5]: the fields of `grammar_dfa.Effect`;
+    effects int32 [E, 6]: the fields of `grammar_dfa.Effect`;
     distance_to_end, distance_to_think_end int16 [S]; in_think, string, list: of `Place`, per state;
     string_cap int32 [S]: most bytes of the string a state is inside;
     string_need int16 [S]: bytes its string may still get on the shortest way out of it.
@@ -316,7 +316,8 @@ class _Solver:
         least_bytes: np.ndarray,
     ):
         needs, need_of_effect = np.unique([what.needs for what in effects], return_inverse=True)
-        grows = np.array([what.opens > 0 or what.commas > 0 for what in effects])
+        # Left out: what grows a register, and the few that need two names at once.
+        grows = np.array([what.opens > 0 or what.commas > 0 or what.also > 0 for what in effects])
         source, column = np.nonzero((next_state != DEAD) & ~grows[effect])
         states = self.count = len(next_state)
         edges = (source * states + next_state[source, column]) * len(needs) + need_of_effect[effect[source, column]]

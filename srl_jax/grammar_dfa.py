@@ -53,7 +53,7 @@ from srl_jax.trace import (
     TAGS,
 )
 
-GRAMMAR_VERSION = 2
+GRAMMAR_VERSION = 3
 TAG_SYMBOL = 256  # symbols 256..261 are the six tags as single tokens
 SYMBOLS = TAG_SYMBOL + len(TAGS)
 DEAD = 0

@@ -13,8 +13,8 @@ from typing import NamedTuple
 class Effect(NamedTuple):
     """What an edge (a byte, or a token of several) does to the registers and asks of them.
 
-    `needs` (bit mask): the edge exists only if one of these names is bound; 0 asks nothing. Then
-    `bound = bound & ~unbinds | binds`, `brackets += opens` and `items += commas`.
+    The edge exists only if one of the names in the bit mask `needs` is bound (0 asks nothing), and all of those in
+    `also`. Then `bound = bound & ~unbinds | binds`, `brackets += opens` and `items += commas`.
     """
 
     needs: int = 0
@@ -22,32 +22,41 @@ class Effect(NamedTuple):
     unbinds: int = 0
     opens: int = 0
     commas: int = 0
+    also: int = 0
 
 
 NO_EFFECT = Effect()
 
 
 def compose(first: Effect, second: Effect) -> Effect | None:
-    """The effect of two edges in a row, or None when it cannot be expressed (two unrelated needs)."""
-    needs = second.needs
-    if needs & first.binds:
+    """The effect of two edges in a row, or None when nothing that is bound before them lets both pass.
+
+    Raises:
+      ValueError: when both leave open which of several names they need, and not of the same ones. No text does: where
+        a name ends, one is needed, and it is one of those that its beginning left open.
+    """
+    needs, also = second.needs & ~first.unbinds, second.also & ~first.binds
+    if second.needs & first.binds:
         needs = 0
-    elif needs:
-        needs &= ~first.unbinds
-        if not needs:
-            return None
-    if first.needs and needs:
-        # One bound name must satisfy both, which a single mask can say only if one mask contains the other.
-        smaller = first.needs & needs
-        if smaller not in (first.needs, needs):
-            return None
-        needs = smaller
+    elif (second.needs and not needs) or also & first.unbinds:
+        return None
+    also |= first.also
+    asked = {mask for mask in (first.needs, needs) if mask and not mask & also}
+    if len(asked) == 2:
+        smaller, larger = sorted(asked, key=int.bit_count)
+        if smaller & larger == smaller:
+            asked = {smaller}
+        elif smaller.bit_count() == 1:
+            also, asked = also | smaller, {larger}
+        else:
+            raise ValueError(f"{first} then {second}: two choices between names, which one mask cannot hold")
     return Effect(
-        needs=needs or first.needs,
+        needs=asked.pop() if asked else 0,
         binds=(first.binds & ~second.unbinds) | second.binds,
         unbinds=first.unbinds | second.unbinds,
         opens=first.opens + second.opens,
         commas=first.commas + second.commas,
+        also=also,
     )
 
 

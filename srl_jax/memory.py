@@ -49,7 +49,10 @@ class Plan:
             return
         name = max(self.programs, key=self.programs.__getitem__)
         remedies = {
-            "sample": "lower sampling.max_new_tokens, data.prompts_per_step or grpo.group_size",
+            "sample": (
+                "lower sampling.max_new_tokens, data.prompts_per_step or grpo.group_size, or set "
+                "sampling.cache_dtype=int8"
+            ),
             "reference": "lower grpo.micro_batch",
             "update": "lower grpo.micro_batch, or set model.remat=full",
         }

@@ -272,6 +272,8 @@ def _weigh(
     """The batch of groups of which only the `live` ones are trained on, and the value head's features.
 
     Last, where the batch's old log-probs are not the sampler's, how far they are from those: the update cannot tell.
+    They are the trainer's where the two are known to differ: with `importance_cap`, and where the sampler kept rounded
+    keys and values. The KL in the reward is then the trainer's too.
     """
     c = config.grpo
     arrays = {**used.arrays, "mask": used.arrays["mask"] & live[:, None, None] & used.valid[:, :, None]}
@@ -279,7 +281,7 @@ def _weigh(
     scores = needed_scores(student, lora, batch, config, settings)
     sampled = used.valid.shape[1] - c.teacher_in_group
     own = {name: used.arrays[name][:, :sampled] for name in ("logprobs", "ref", "mask")}
-    kl = completion_kl(own, None if scores is None else scores.kl[:, :sampled], config)
+    kl = completion_kl(student, own, jax.tree.map(lambda x: x[:, :sampled], scores), config)
     if c.teacher_in_group:  # no policy of ours sampled it, so it has no KL: it neither gains nor loses by the others'
         scored = np.where(used.valid[:, :sampled], kl, 0.0).sum(1) / np.maximum(used.valid[:, :sampled].sum(1), 1)
         kl = np.concatenate([kl, scored[:, None]], axis=1)
@@ -300,24 +302,36 @@ def _weigh(
     return batch, features, gap
 
 
+def _kl_is_exact(config: TrainConfig) -> bool:
+    return config.grpo.kl_estimator == "exact" and config.grpo.kl_placement == "reward"
+
+
+def _apart(student: Student, config: TrainConfig) -> bool:
+    """Whether the trainer's log-probs stand for the sampler's, since the two are known to differ."""
+    return bool(config.grpo.importance_cap) or student.cache_is_rounded
+
+
 def needed_scores(
     student: Student, lora: dict, batch: TrainBatch, config: TrainConfig, settings: StepSettings
 ) -> TokenLogprobs | None:
-    """The trainer's own scores of a batch [P, G, T], where K or the importance weights are made of them."""
-    c = config.grpo
-    if not c.importance_cap and (c.kl_estimator != "exact" or c.kl_placement != "reward"):
+    """The trainer's own scores of a batch [P, G, T], where K or the old log-probs are made of them."""
+    if not _kl_is_exact(config) and not _apart(student, config):
         return None
     return current_scores(student.decoder, student.params, lora, student.automaton, batch, settings=settings)
 
 
-def completion_kl(arrays: dict[str, np.ndarray], exact: jax.Array | None, config: TrainConfig) -> np.ndarray:
-    """K [P, G] of completions that our policy sampled; `exact` [P, G, T] is every token's, where K is made of it."""
-    c = config.grpo
-    if c.kl_estimator != "exact" or c.kl_placement != "reward":
-        return sampled_kl(arrays, "k1" if c.kl_estimator == "exact" else c.kl_estimator)
-    rows = (-1, arrays["mask"].shape[-1])
-    mean = grpo.mean_over_tokens(exact.reshape(rows), arrays["mask"].reshape(rows))
-    return np.asarray(mean).reshape(arrays["mask"].shape[:-1])
+def completion_kl(
+    student: Student, arrays: dict[str, np.ndarray], scores: TokenLogprobs | None, config: TrainConfig
+) -> np.ndarray:
+    """K [P, G] of completions that our policy sampled; `scores` are those that `needed_scores` gave for them."""
+    if _kl_is_exact(config):
+        rows = (-1, arrays["mask"].shape[-1])
+        mean = grpo.mean_over_tokens(scores.kl.reshape(rows), arrays["mask"].reshape(rows))
+        return np.asarray(mean).reshape(arrays["mask"].shape[:-1])
+    if _apart(student, config):
+        arrays = {**arrays, "logprobs": np.asarray(scores.logprobs)}
+    estimator = config.grpo.kl_estimator
+    return sampled_kl(arrays, "k1" if estimator == "exact" else estimator)
 
 
 def with_advantages(
@@ -336,13 +350,15 @@ def with_advantages(
     """
     put = partial(jax.device_put, device=batch_sharding(student.mesh))
     batch = batch._replace(advantages=put(advantages.astype(np.float32)))
-    gap, cap = None, config.grpo.importance_cap
-    if cap:
+    gap = None
+    if _apart(student, config):
         sampled = arrays["mask"].shape[1] - config.grpo.teacher_in_group
         apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
         gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
-        weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, cap)
-        batch = batch._replace(old_logprobs=scores.logprobs, token_weights=weights)
+        if cap := config.grpo.importance_cap:
+            weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, cap)
+            batch = batch._replace(token_weights=weights)
+        batch = batch._replace(old_logprobs=scores.logprobs)
     if settings.kl_in_loss not in (None, "exact"):
         batch = batch._replace(ref_logprobs=put(arrays["ref"]))
     return batch, gap

@@ -36,6 +36,8 @@ class SamplingConfig:
       temperature: divides the logits; 0 is greedy.
       drafts: tokens guessed ahead at every step by prompt look-up (see `look_up`) and checked together. They change
         what a step costs and how many tokens it may bring, never which tokens.
+      cache_dtype: of the keys and values kept, the prompts' and the completions': "model", "bfloat16" or "int8", which
+        rounds them (model/kv.py). Narrower than the model the log-probs are no longer exactly the trainer's.
       top_k, top_p: what of the distribution is kept (see `truncation`); 0 keeps all of it. Greedy takes no notice.
     """
 
@@ -45,6 +47,7 @@ class SamplingConfig:
     drafts: int = 0
     top_k: int = 0
     top_p: float = 1.0
+    cache_dtype: str = "model"
 
     @property
     def width(self) -> int:
@@ -152,11 +155,13 @@ def prefill(
     """Encodes each prompt once and readies `group_size` rows for it; `keys` [P*G] is each row's own."""
     b, t_max = keys.shape[0], settings.max_new_tokens
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+    own = variables["params"]["embedding"].dtype
+    dtype = own if settings.cache_dtype == "model" else jnp.dtype(settings.cache_dtype)
     return Flight(
-        prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths),
+        prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths, dtype),
         prompts=prompt_tokens,
         lengths=prompt_lengths,
-        cache=init_cache(decoder.config, b, t_max, variables["params"]["embedding"].dtype),
+        cache=init_cache(decoder.config, b, t_max, dtype),
         keys=keys,
         token=jnp.repeat(last, group_size),
         state=grammar.initial_state(automaton, b, t_max, settings.max_think_tokens),
@@ -278,8 +283,7 @@ def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
     by_slot, by_row = partial(_put, at=slots, axis=0), partial(_put, at=rows, axis=0)
     return flight._replace(
         prefix=Prefix(
-            _put(flight.prefix.k, fresh.prefix.k, at=slots, axis=1),
-            _put(flight.prefix.v, fresh.prefix.v, at=slots, axis=1),
+            *jax.tree.map(partial(_put, at=slots, axis=1), flight.prefix[:2], fresh.prefix[:2]),
             by_slot(flight.prefix.mask, fresh.prefix.mask),
         ),
         prompts=by_slot(flight.prompts, fresh.prompts),
@@ -297,7 +301,7 @@ def _compact(flight: Flight, slots: Int[Array, "P2"], members: Int[Array, "P2 G2
     """The given slots, and of each the given members, as a smaller flight."""
     group_size = flight.token.shape[0] // flight.lengths.shape[0]
     rows = (slots[:, None] * group_size + members).reshape(-1)
-    prefix = Prefix(flight.prefix.k[:, slots], flight.prefix.v[:, slots], flight.prefix.mask[slots])
+    prefix = Prefix(*jax.tree.map(lambda x: x[:, slots], flight.prefix[:2]), flight.prefix.mask[slots])
     return flight._replace(
         prefix=prefix,
         prompts=flight.prompts[slots],

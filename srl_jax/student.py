@@ -53,6 +53,11 @@ class Student:
             return {"params": self.params, "lora": lora}
         return {"params": _merge(self.params, lora, scale=self.decoder.lora_alpha / self.decoder.lora_rank)}
 
+    @property
+    def cache_is_rounded(self) -> bool:
+        """Whether the sampler keeps keys and values in a narrower type than it computes them in."""
+        return self.sampling.cache_dtype not in ("model", str(self.params["embedding"].dtype))
+
     def without_grammar(self) -> "Student":
         """The same model, sampled over its whole vocabulary until the end of a trace."""
         free = grammar.free_automaton(self.tokenizer, vocab_size=self.decoder.config.vocab_size)
@@ -191,6 +196,7 @@ def _assemble(
         config.sampling.drafts,
         config.sampling.top_k,
         config.sampling.top_p,
+        config.sampling.cache_dtype,
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)

@@ -140,6 +140,10 @@ def test_every_choice_is_accepted_and_nothing_else(path):
         ({"grpo": {"teacher_in_group": True, "group_size": 2}}, "grpo.group_size = 2: must be at least 3"),
         ({"method": "sft", "replay": {"record": True}}, "replay.record = True: method 'sft' samples nothing"),
         ({"grpo": {"teacher_in_group": True}, "replay": {"record": True}}, "replay.record = True: a teacher's row"),
+        (
+            {"sampling": {"cache_dtype": "int8"}, "replay": {"record": True}},
+            "replay.record = True: needs sampling.cache_dtype",
+        ),
         ({"method": "replay", "grpo": {"baseline": "value"}}, "grpo.baseline = 'value': must be 'group' or 'none'"),
         ({"method": "replay", "replay": {"dir": " "}}, "replay.dir = '': method 'replay' needs"),
     ],

@@ -627,13 +627,21 @@ def test_names_are_configuration(tmp_path):
 
 
 def test_compose_by_hand():
-    a, b = 0b01, 0b10
+    a, b, c = 0b001, 0b010, 0b100
     assert compose(NO_EFFECT, Effect(needs=a)) == Effect(needs=a)
     assert compose(Effect(binds=a), Effect(needs=a | b)) == Effect(binds=a)  # met by the first
     assert compose(Effect(unbinds=a), Effect(needs=a | b)) == Effect(needs=b, unbinds=a)
     assert compose(Effect(unbinds=a), Effect(needs=a)) is None
     assert compose(Effect(needs=a | b), Effect(needs=a)) == Effect(needs=a)
-    assert compose(Effect(needs=a), Effect(needs=b)) is None  # two needs, one mask
+    both = compose(Effect(needs=a), Effect(needs=b))  # two names: one in `needs`, one in `also`
+    assert (both.needs | both.also, both.needs & both.also) == (a | b, 0)
+    assert compose(Effect(needs=a), Effect(needs=b | c)) == Effect(needs=b | c, also=a)
+    assert compose(Effect(needs=b | c, also=a), Effect(needs=b)) == Effect(needs=b, also=a)
+    assert compose(Effect(needs=b, also=a), Effect(needs=a)) == Effect(needs=b, also=a)
+    assert compose(Effect(binds=a), Effect(needs=b, also=a)) == Effect(needs=b, binds=a)
+    assert compose(Effect(unbinds=a), Effect(needs=b, also=a)) is None
+    with pytest.raises(ValueError, match="two choices between names"):
+        compose(Effect(needs=a | b), Effect(needs=b | c))
     assert compose(Effect(binds=a, opens=1), Effect(unbinds=a, binds=b, opens=2, commas=1)) == Effect(
         binds=b, unbinds=a, opens=3, commas=1
     )

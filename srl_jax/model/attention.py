@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from srl_jax.model.kv import KV, mix, score
+
 # Finite, so that a row in which everything is masked gives a uniform softmax instead of NaN.
 MASKED = -1e30
 
-_Prefix = tuple[Float[Array, "P K Lp H"], Float[Array, "P K Lp H"]]
+_Prefix = tuple[KV, KV]  # [P, K, Lp, H] each
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: KV,
+    v: KV,
     mask: Bool[Array, "#B T S"],
     prefix: _Prefix | None = None,
     prefix_mask: Bool[Array, "P #G #T Lp"] | None = None,
@@ -37,7 +39,8 @@ def attend(
 
     Args:
       q: queries; row b belongs to prompt b // (B // P).
-      k, v: the row's own keys and values, heads before positions so that each head's slab is contiguous.
+      k, v: the row's own keys and values [B, K, S, H], heads before positions so that each head's slab is contiguous.
+        In the types that only a cache has (model/kv.py) these and the prefix have no gradient.
       mask: True where a query may see an own key.
       prefix: keys and values of the P shared prompts.
       prefix_mask: True where a query of the group may see a prompt position.
@@ -45,7 +48,7 @@ def attend(
       softcap: squashes the scaled scores to (-softcap, softcap).
     """
     batch, t, n, h = q.shape
-    n_kv = k.shape[1]
+    n_kv = jax.tree.leaves(k)[0].shape[1]
     repeats = n // n_kv
     # The query heads that share a KV head become rows of one matrix product: [B, K, R*T, H].
     rows = (q * scale).reshape(batch, t, n_kv, repeats, h).transpose(0, 2, 3, 1, 4)
@@ -77,7 +80,7 @@ def _capped(scores: Float[Array, "..."], softcap: float | None) -> Float[Array, 
 
 
 def _own_scores(q, k, mask, softcap):
-    scores = _capped(jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32), softcap)
+    scores = _capped(score(q, k), softcap)
     batch, heads, _, s = scores.shape
     t = mask.shape[1]
     scores = jnp.where(mask[:, None, None], scores.reshape(batch, heads, -1, t, s), MASKED)
@@ -85,7 +88,7 @@ def _own_scores(q, k, mask, softcap):
 
 
 def _prefix_scores(q, prefix_k, prefix_mask, softcap):
-    scores = _capped(jnp.einsum("pkmh,pksh->pkms", q, prefix_k, preferred_element_type=jnp.float32), softcap)
+    scores = _capped(score(q, prefix_k), softcap)
     p, heads, _, s = scores.shape
     # Rows come as [G, R, T]; where the mask is the same for all of G or T, these fold into R.
     folded = scores.reshape(p, heads, prefix_mask.shape[1], -1, prefix_mask.shape[2], s)
@@ -98,20 +101,16 @@ def _forward(softcap, q, k, v, prefix, mask, prefix_mask):
     if prefix is None:
         own = jnp.exp(own - top)
         total = own.sum(-1, keepdims=True)
-        out = jnp.einsum("bkms,bksh->bkmh", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = mix(own, v, q.dtype)
     else:
         prefix_k, prefix_v = prefix
-        prompts, batch = prefix_k.shape[0], q.shape[0]
+        prompts, batch = prefix_mask.shape[0], q.shape[0]
         shared = _prefix_scores(_group(q, prompts), prefix_k, prefix_mask, softcap)
         top = jnp.maximum(top, _ungroup(shared.max(-1, keepdims=True), batch))
         own, shared = jnp.exp(own - top), jnp.exp(shared - _group(top, prompts))
         total = own.sum(-1, keepdims=True) + _ungroup(shared.sum(-1, keepdims=True), batch)
-        out = jnp.einsum("bkms,bksh->bkmh", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        out_shared = jnp.einsum(
-            "pkms,pksh->pkmh", shared.astype(prefix_v.dtype), prefix_v, preferred_element_type=jnp.float32
-        )
-        out = out + _ungroup(out_shared, batch)
-    out = (out / total).astype(v.dtype)
+        out = mix(own, v, q.dtype) + _ungroup(mix(shared, prefix_v, q.dtype), batch)
+    out = (out / total).astype(q.dtype)
     return out, (q, k, v, prefix, mask, prefix_mask, out, top + jnp.log(total))
 
 

@@ -18,16 +18,17 @@ from jaxtyping import Array, Bool, Float, Int
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
 from srl_jax.model.flash import flash_attend
+from srl_jax.model.kv import KV, empty, store, width, write
 from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 
 
 class Prefix(NamedTuple):
-    """Keys and values of P prompts, every layer, and which of their positions are real: the first so many."""
+    """Keys and values [L, P, K, Lp, H] of P prompts, and which of their positions are real: the first so many."""
 
-    k: Float[Array, "L P K Lp H"]
-    v: Float[Array, "L P K Lp H"]
+    k: KV
+    v: KV
     mask: Bool[Array, "P Lp"]
 
 
@@ -165,7 +166,7 @@ class Block(nn.Module):
     config: ModelConfig
     lora_rank: int
     lora_scale: float
-    keep_kv: bool
+    kv_dtype: jnp.dtype | None
     attention: str
     mesh: Mesh | None
 
@@ -190,16 +191,17 @@ class Block(nn.Module):
         cos, sin = scene.cos[layer.rope], scene.sin[layer.rope]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin).transpose(0, 2, 1, 3)
-        kv = (k, v) if self.keep_kv else None
+        kv = None if self.kv_dtype is None else (store(k, self.kv_dtype), store(v, self.kv_dtype))
         if self.has_variable("cache", "keys"):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
+            dtype = jax.tree.leaves(cache_k.value)[0].dtype
             at = (layer.index, jnp.arange(batch)[:, None], slice(None), scene.columns)
-            cache_k.value = cache_k.value.at[at].set(k.transpose(0, 2, 1, 3).astype(cache_k.value.dtype), mode="drop")
-            cache_v.value = cache_v.value.at[at].set(v.transpose(0, 2, 1, 3).astype(cache_v.value.dtype), mode="drop")
-            k = jax.lax.dynamic_index_in_dim(cache_k.value, layer.index, keepdims=False).astype(k.dtype)
-            v = jax.lax.dynamic_index_in_dim(cache_v.value, layer.index, keepdims=False).astype(v.dtype)
+            cache_k.value = write(cache_k.value, at, store(k, dtype))
+            cache_v.value = write(cache_v.value, at, store(v, dtype))
+            of_layer = partial(jax.lax.dynamic_index_in_dim, index=layer.index, keepdims=False)
+            k, v = jax.tree.map(of_layer, (cache_k.value, cache_v.value))
 
         def seen(distance):
             return None if distance is None else (distance >= 0) & (distance < layer.window)
@@ -255,9 +257,9 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         prefix: Prefix | None = None,
         age: Int[Array, "B"] | None = None,
-        return_kv: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B K T H"], Float[Array, "L B K T H"]] | None]:
-        """Final-norm hidden states of `tokens`, and with `return_kv` every layer's keys and values.
+        kv_dtype: jnp.dtype | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[KV, KV] | None]:
+        """Final-norm hidden states of `tokens`; with `kv_dtype` every layer's keys and values [L, B, K, T, H] in it.
 
         Without `cache`, query i of a row sees its own keys 0..i, so right padding is harmless. With the `cache`
         collection (`init_cache`), which holds the first `age` tokens of each row, the T that follow are added behind
@@ -279,7 +281,7 @@ class Decoder(nn.Module):
         keys = columns
         if age is not None:
             columns = age[:, None] + columns
-            keys = jnp.arange(self.variables["cache"]["layers"]["keys"].shape[3])[None, :]
+            keys = jnp.arange(width(self.variables["cache"]["layers"]["keys"]))[None, :]
         distance = columns[:, :, None] - keys[:, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
@@ -292,7 +294,7 @@ class Decoder(nn.Module):
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(
-            c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), return_kv, self.attention, self.mesh,
+            c, self.lora_rank, self.lora_alpha / max(self.lora_rank, 1), kv_dtype, self.attention, self.mesh,
             name="layers",
         )  # fmt: skip
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -317,19 +319,22 @@ def logits(config: ModelConfig, params, hidden: Float[Array, "... D"]) -> Float[
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict:
-    """An empty KV cache collection for `batch` rows of at most `length` tokens."""
+    """An empty KV cache collection for `batch` rows of at most `length` tokens; int8 is model/kv.py's."""
     shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-    return {"layers": {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}}
+    return {"layers": {"keys": empty(shape, dtype), "values": empty(shape, dtype)}}
 
 
-def encode_prompts(decoder: Decoder, variables: dict, tokens: Int[Array, "P Lp"], lengths: Int[Array, "P"]) -> Prefix:
-    """Keys and values of the first `lengths - 1` tokens of each prompt.
+def encode_prompts(
+    decoder: Decoder, variables: dict, tokens: Int[Array, "P Lp"], lengths: Int[Array, "P"], dtype=None
+) -> Prefix:
+    """Keys and values of the first `lengths - 1` tokens of each prompt, in `dtype` (None: the model's own).
 
     The last prompt token is left to the completions: each row's first input, whose output predicts its first
     completion token. So no logits are computed for prompts, and prefix and rows never overlap.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    _, (k, v) = decoder.apply(variables, tokens, positions, return_kv=True)
+    dtype = jnp.dtype(dtype or variables["params"]["embedding"].dtype)
+    _, (k, v) = decoder.apply(variables, tokens, positions, kv_dtype=dtype)
     return Prefix(k, v, positions < lengths[:, None] - 1)
 
 
