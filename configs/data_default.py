@@ -3,8 +3,8 @@
 Command:  python launch/prepare_data.py --config=configs/data_default.py --out=data/default
 Hardware: any CPU; 2 cores, 4 GB. Node and a JDK, or JavaScript or Java are left out. The first run fetches 40 MB of
           pinned packages (`third_party/manifest.toml`).
-Time:     68 minutes of processor time, 73 of clock on a busy machine (reports/data.md); an interrupted run goes on where
-          it stopped.
+Time:     68 minutes of processor time, 73 of clock on a busy machine (reports/data.md); an interrupted run goes on
+          where it stopped.
 Result:   10,502 records of 11,600 asked for; rules and repositories of the three splits are disjoint.
 """
 
