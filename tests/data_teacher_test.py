@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.collect_traces import Collector, open_collector, spending
@@ -110,6 +110,7 @@ def test_a_long_rationale_is_given_up_before_it_ends():
 
 
 @given(st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from([" ", "\n", "a", "<", "</", '{"a":1}'])), max_size=14))
+@example(["<think>", "</think>", "</"])
 def test_the_guard_agrees_with_the_parser_on_order(parts):
     text = "".join(parts)
     guard = guarded(text)
@@ -120,7 +121,10 @@ def test_the_guard_agrees_with_the_parser_on_order(parts):
         if error.rejection in (Rejection.MISSING_TAG, Rejection.REPEATED_TAG, Rejection.MISORDERED_TAG):
             assert not guard.done
         if error.rejection is Rejection.TRUNCATED:
-            assert not guard.done and guard.cut in ("", Rejection.STRAY_TEXT)
+            # The parser waits for a tag's last character, the guard goes by its first ones.
+            rest = guard.text[max((guard.text.rfind(tag) + len(tag) for tag in TAGS if tag in guard.text), default=0) :]
+            begun = bool(rest.strip()) and any(tag.startswith(rest.lstrip()) for tag in TAGS)
+            assert not guard.done and (begun or guard.cut in ("", Rejection.STRAY_TEXT))
 
 
 # --------------------------------------------------------------------------------------------- good behaviour
@@ -320,9 +324,9 @@ def test_too_many_requests_holds_everyone_back_as_long_as_asked(teacher, header)
 
 def test_our_own_pace_is_kept(teacher):
     with serve(lambda exchange: exchange.stream(TRACE)) as (url, requests):
+        started = time.monotonic()  # before the first may be sent: a busy machine takes its time until that arrives
         collect(teacher(url, limits={"requests_per_minute": 600.0}), drafts(5))
-    times = sorted(request["time"] for request in requests)
-    assert times[-1] - times[0] >= 0.38  # four gaps of 0.1 s
+    assert max(request["time"] for request in requests) - started >= 0.38  # four gaps of 0.1 s
 
 
 def test_a_refused_key_or_model_stops_everything(teacher):
