@@ -77,8 +77,8 @@ def _write_gguf(peer, path, factors=None):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
+    if head_dim := config.to_dict().get("head_dim"):
+        writer.add_key_length(head_dim)
     for name, tensor in peer.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
