@@ -1,7 +1,8 @@
 """A day of the reward service in ten minutes: `python -m tests.sandbox_soak --requests=20000 --seconds=600`.
 
 Mixed requests (right, wrong, malformed, broken rules, repeated ones; with tests and without), one in twenty hostile,
-while processes of the sandboxes are killed at random.
+while processes of the sandboxes are killed at random.  As a trainer's, they come in batches of two groups, and a group
+answers one task, each member with an action of its own.
 Afterwards: every request was answered once, with its own answer; and no process, mount, descriptor, thread or file in
 the temporary folders is left that was not there before.  Exit code: 0 all of that holds, 1 it does not.
 `sandbox_soak_test.py` runs a short one.
@@ -51,7 +52,7 @@ HOSTILE = (
     "open('/tmp/x', 'wb').write(bytes(100 << 20))\n",
     "import os\nwhile True: os.write(1, b'x' * 65536)\n",
 )
-BATCH = 16
+GROUP, BATCH = 8, 16
 
 
 class WordEmbedder:
@@ -76,7 +77,8 @@ class Asked:
 
 
 def record(number: int, hostile: str | None = None) -> TeacherRecord:
-    """A task of its own (the number is in its text, so that nothing comes from the cache), perhaps a hostile one.
+    """A task of its own (the number is in its text, so that nothing of another's comes from the cache), perhaps a
+    hostile one.
 
     Every other task has tests, and all hostile ones.
     """
@@ -98,15 +100,20 @@ def make_request(number: int, dice: random.Random) -> Asked:
     if dice.random() < 0.05:
         return Asked("hostile", ScoreRequest(record(0).trace, record(number, dice.choice(HOSTILE))))
     kind = dice.choices(["right", "repeated", "wrong", "malformed"], [3, 3, 3, 1])[0]
-    if kind == "repeated":  # as the members of a group often are
+    if kind == "repeated":  # an answer known from before
         return Asked(kind, ScoreRequest(record(0).trace, record(-dice.randrange(1, 50))))
+    task = record(number // GROUP + 1)
     if kind == "malformed":
-        return Asked(kind, ScoreRequest(dice.choice(["", "nonsense", "<think>x", "\ud800"]), record(number)))
-    action = ACTION
+        return Asked(kind, ScoreRequest(dice.choice(["", "nonsense", "<think>x", "\ud800"]), task))
+    own = f"$X{number}"  # so that the answer of no other member is this one's
+    action = replace(ACTION, pattern=f"old({own})", replacement=f"new({own})")
     if kind == "wrong":
-        changes = [{"replacement": "newer($X)"}, {"pattern": "gone($X)"}, {"pattern": "old($X"}, {"files": ("x.py",)}]
-        action = replace(ACTION, **dice.choice(changes))
-    return Asked(kind, ScoreRequest(render_trace(Trace(THINK, action, STATE)), record(number)))
+        changes = [
+            {"replacement": f"newer({own})"}, {"pattern": f"gone({own})"}, {"pattern": f"old({own}"},
+            {"files": ("x.py",)},
+        ]  # fmt: skip
+        action = replace(action, **dice.choice(changes))
+    return Asked(kind, ScoreRequest(render_trace(Trace(THINK, action, STATE)), task))
 
 
 def fault(asked: Asked, score: Score) -> str | None:

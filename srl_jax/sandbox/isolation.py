@@ -11,6 +11,7 @@ nothing is written on the host and nothing is left behind.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import marshal
 import math
@@ -136,9 +137,9 @@ class Jail:
         with contextlib.ExitStack() as opened:
             memory = _MemoryFiles(opened)
             options = self._options(limits, binds, memory)
-            for name in ("launch.py", f"{guest}.py", *alongside):
-                source = resources.files("srl_jax.sandbox.guest").joinpath(name).read_bytes()
-                options += ["--perms", "0444", "--file", memory.add(source), f"/guest/{name}"]
+            present = {name: _guest_source(name) for name in ("launch.py", *alongside)}
+            for name, content in {**present, guest: _guest_code(guest)}.items():
+                options += ["--perms", "0444", "--file", memory.add(content), f"/guest/{name}"]
             options += _repository_options(repository or {}, limits, memory)
             options += ["--remount-ro", "/dev", "--remount-ro", "/"]
             # The guest is its namespace's init: nothing inside can kill or stop it, and its end is everyone's end.
@@ -151,7 +152,7 @@ class Jail:
                 str(self.bwrap), "--args", arguments, "--",
                 self.toolchain.python, "-I", "-S", "-B",
                 "/guest/launch.py", ",".join(f"{name}={value}" for name, value in limits.rlimits().items()),
-                f"/guest/{guest}.py",
+                f"/guest/{guest}",
             ]  # fmt: skip
             started, starved = time.monotonic(), _memory_kills(slot)
             try:
@@ -218,6 +219,17 @@ class Jail:
         for bind in (*self.toolchain.binds, *binds):
             options += ["--ro-bind", str(bind.source), str(bind.target)]
         return [*options, "--seccomp", memory.add(seccomp.filter_program())]
+
+
+@functools.cache
+def _guest_source(name: str) -> bytes:
+    return resources.files("srl_jax.sandbox.guest").joinpath(name).read_bytes()
+
+
+@functools.cache
+def _guest_code(guest: str) -> bytes:
+    """guest/<guest>.py compiled, in the marshal format of this process's interpreter, which is the sandbox's too."""
+    return marshal.dumps(compile(_guest_source(f"{guest}.py"), f"{guest}.py", "exec", dont_inherit=True))
 
 
 def _memory_kills(slot: Slot) -> int:

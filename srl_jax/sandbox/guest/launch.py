@@ -1,9 +1,9 @@
 """First program in the sandbox: lower the resource limits for good, then run the guest program's `main`.
 
-usage: python -I -S -B launch.py NAME=VALUE,... PROGRAM.py
+usage: python -I -S -B launch.py NAME=VALUE,... PROGRAM
 
-stdin holds the job in Python's marshal format, which only the host writes; `main(job, loads)` returns the answer,
-which goes to stdout as JSON, since the host trusts nothing that comes out of here.
+PROGRAM holds a module's code and stdin the job, both in Python's marshal format, which only the host writes;
+`main(job, loads)` returns the answer, which goes to stdout as JSON, since the host trusts nothing that comes out.
 
 Limits are set inside the sandbox's user namespace because there RLIMIT_NPROC counts this sandbox's processes only
 (Linux 5.14), and because hard limits once lowered cannot be raised again without capabilities.
@@ -62,8 +62,8 @@ def main():
         resource.setrlimit(which, (value, value))
     program = sys.argv[2]
     sys.argv = [program]
-    with open(program, encoding="utf-8") as source:
-        code = compile(source.read(), program, "exec", dont_inherit=True)
+    with open(program, "rb") as compiled:
+        code = marshal.load(compiled)
     guest = {"__name__": "guest", "__file__": program}
     exec(code, guest)
     sys.stdout.write(dumps(guest["main"](marshal.load(sys.stdin.buffer), loads)))
