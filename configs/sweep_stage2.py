@@ -1,0 +1,25 @@
+"""The runs of reports/training/stage2.md: SRL three times as long as the demo, SFT, no KL and no dynamic sampling.
+
+Command:  python launch/sweep.py --config=configs/sweep_stage2.py --out=runs/stage2
+Hardware: 2 CPU cores, 6 GB.
+Time:     twelve runs; may be stopped and gone on with at any time.
+Result:   not measured.
+
+Its data set is the demo's: python launch/prepare_data.py --config=configs/data_demo.py --out=data/demo
+"""
+
+from srl_jax.sweep import Sweep
+
+
+def get_config() -> Sweep:
+    return Sweep(
+        base="configs/smollm2_cpu.py",
+        seeds=(0, 1, 2),
+        overrides={"steps": 30},
+        cells={
+            "srl": {},
+            "sft": {"method": "sft"},
+            "lambda_0": {"grpo.kl_coef": 0.0},
+            "no_dynamic_sampling": {"grpo.dynamic_sampling_min_std": 0.0},
+        },
+    )
