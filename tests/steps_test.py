@@ -59,6 +59,7 @@ def test_a_run_shows_what_it_does(whole):
     histograms = read_metrics(workdir, HISTOGRAMS_FILE)
     assert all(sum(h["reward/total"]["counts"]) == 4 for h in histograms)
     assert len(list((workdir / "replay").glob("*.arrayrecord"))) == 4
+    assert "Storing their rollouts took " in (workdir / "report.md").read_text()
     environment = recorded_environment(workdir)
     assert len(environment["base_weights"]) == len(environment["tokenizer"]) == len(environment["data"]) == 64
 
