@@ -379,6 +379,8 @@ def read_config(workdir: Path) -> TrainConfig:
         raise NotARun(f"{workdir} holds no config.json, so it is not a run; give a --workdir of train.py") from None
     except json.JSONDecodeError as error:
         raise NotARun(f"{path} is not JSON ({error}); run launch/train.py again, it writes the file anew") from None
+    except ConfigError as error:
+        raise NotARun(f"{path} is not that of a run of this version ({error}); give a --workdir of train.py") from None
 
 
 def config_hash(config: TrainConfig) -> str:
