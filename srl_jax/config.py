@@ -435,6 +435,12 @@ def _validate_grpo(config: TrainConfig) -> None:
         raise ConfigError(
             "grpo.negative_ratio_cap", grpo.negative_ratio_cap, f"must be 0 or above 1 + {grpo.clip_epsilon_low}"
         )
+    if 0 < grpo.importance_cap < 1:
+        raise ConfigError(
+            "grpo.importance_cap",
+            grpo.importance_cap,
+            "must be 0 (off) or at least 1: where sampler and trainer agree a weight is 1, which this would cut",
+        )
     if grpo.credit == "blocks" or grpo.scale == "components":
         name = "credit" if grpo.credit == "blocks" else "scale"
         value = grpo.__dict__[name]
