@@ -92,8 +92,8 @@ def propose(config: TrainConfig | None, path: Path, request: Request) -> list[Pr
     `CheckpointError` for a run without a checkpoint, `DirectoryError` for a directory or instruction that gives
     nothing to do, and what `Run`, `load_exported` and `Sandbox` raise.
     """
+    places_to_show(request)  # that there are none, or no tests, is known at once; the model takes long to load
     with Sandbox(request.sandbox()) as sandbox:
-        # Tests first: that they cannot run is known in seconds, and the model takes longer to load.
         bench = TestBench(sandbox, request.files, request.runner) if request.runner else None
         traces = _of_export(path, request) if config is None else _of_run(config, path, request)
         return judge(traces, request.files, sandbox, bench)

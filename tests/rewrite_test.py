@@ -256,6 +256,12 @@ def test_a_checkpoints_proposals_are_executed(workdir):
     assert not any(proposal.usable for proposal in proposals)  # its weights are random
 
 
+def test_that_there_is_nothing_to_do_is_said_before_a_model_is_loaded(tmp_path):
+    for config in (tiny_config(), None):
+        with pytest.raises(DirectoryError, match="no file holds a word"):
+            rewrite.propose(config, tmp_path / "nothing", Request("Delete `zebra`.", FILES))
+
+
 # What the command does once there are proposals, with the model's part replaced by two written ones.
 _DRIVER = """
 import sys
