@@ -292,3 +292,5 @@ def test_rewards_are_timed_together_with_a_step_and_apart_on_what_nobody_has_see
         share = row["ms an execution"]["median"] * row["executed"] / 7500 * 100
         assert row["executions, % of a step"]["median"] == pytest.approx(share)
     assert "| right answers | 4 | 4 | 4 | " in tables.figures_table([sampled, right])
+    spread = {"median": 12.3456, "least": 9.3e-5, "greatest": 1234.5}
+    assert tables.figures_table([{"a": spread}]).endswith("| 12.35 (0.0001..1234) |")

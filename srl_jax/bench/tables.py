@@ -125,7 +125,8 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     def show(value: str | float | Mapping[str, float]) -> str:
         if isinstance(value, Mapping):
-            return f"{value['median']:.4g} ({value['least']:.4g}..{value['greatest']:.4g})"
+            median, least, greatest = (f"{round(value[name], 4):.4g}" for name in ("median", "least", "greatest"))
+            return f"{median} ({least}..{greatest})"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     return _table(list(rows[0]), [[show(value) for value in row.values()] for row in rows])
