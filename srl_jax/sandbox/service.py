@@ -74,6 +74,12 @@ class Score:
     match_recall: float | None = None
 
 
+class PendingScores(Protocol):
+    """Scores under way, such as a `Future` of them."""
+
+    def result(self) -> list[Score]: ...
+
+
 class ScoresCompletions(Protocol):
     """What training and evaluation ask of a reward service, here or on another machine."""
 
@@ -82,7 +88,7 @@ class ScoresCompletions(Protocol):
 
     def score(self, items: Sequence[ScoreRequest]) -> list[Score]: ...
 
-    def submit(self, items: Sequence[ScoreRequest]) -> Future[list[Score]]: ...
+    def submit(self, items: Sequence[ScoreRequest]) -> PendingScores: ...
 
 
 @dataclass(frozen=True)
