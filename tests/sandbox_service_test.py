@@ -179,6 +179,12 @@ class TestScores:
             assert len(futures) == 3
             assert all(future.result()[0].report for future in futures)
 
+    def test_a_batch_uses_the_slots_that_the_one_before_has_left(self, record):
+        both = threading.Barrier(2, timeout=5)  # broken, and the future's result with it, where only one comes
+        with service(FakeSandbox(lambda call: both.wait() is not None and report()), cache_entries=0) as rewards:
+            futures = [rewards.submit([ScoreRequest(completion(), record)]) for _ in range(2)]
+            assert all(future.result()[0].report for future in futures)
+
     def test_an_execution_weight_needs_a_sandbox(self):
         with pytest.raises(ValueError, match="execution"):
             service(reward=RewardConfig(execution=0.2))

@@ -1,6 +1,6 @@
 """Completions in, scores out: parsing, similarities, embeddings and optional execution, for whole batches.
 
-Parsing and similarities are cheap and done by the calling thread; thinks are embedded in one call per batch;
+Parsing and similarities are cheap and done by the batch's thread; thinks are embedded in one call per batch;
 executions go to a fixed pool of threads, one per sandbox slot, each of which only waits for a subprocess.  No process
 is forked from this one (the sandbox is started by vfork and exec), so the service lives beside JAX's threads.
 
@@ -174,7 +174,8 @@ class RewardService:
         self._reports: _Cache[Future[EnvReport]] = _Cache(self.config.cache_entries)
         self._references: _Cache[Future[Places]] = _Cache(self.config.cache_entries)
         self._pending = threading.BoundedSemaphore(self.config.max_pending_batches)
-        self._batches = ThreadPoolExecutor(1, thread_name_prefix="reward-batch")
+        # Several, since the last execution of one batch would leave the other slots without work.
+        self._batches = ThreadPoolExecutor(self.config.max_pending_batches, thread_name_prefix="reward-batch")
         slots = sandbox.config.slots if sandbox else 1
         self._workers = ThreadPoolExecutor(slots, thread_name_prefix="reward-sandbox")
         self._start_lock = threading.Lock()
@@ -203,7 +204,7 @@ class RewardService:
             return dict(self._counts)
 
     def submit(self, items: Sequence[ScoreRequest]) -> Future[list[Score]]:
-        """Score in the background; blocks while `max_pending_batches` batches are already waiting."""
+        """Score in the background; blocks while `max_pending_batches` batches are under way."""
         self._pending.acquire()
         try:
             future = self._batches.submit(self.score, list(items))
