@@ -5,7 +5,7 @@ a millisecond of Python, those hand-overs, and the threads' quarrel over the int
 the elements. One thread that makes a few dozen at a time has neither, and the consumer finds them ready.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -15,13 +15,19 @@ CHUNK = 32
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
-def chunked(source: Sequence[Any]) -> grain.IterDataset:
+Exchange = Callable[[list[Any]], list[Any]]
+
+
+def chunked(source: Sequence[Any], exchange: Exchange = list, hosts: int = 1) -> grain.IterDataset:
     """The source's elements in order, None left out, read ahead in the background.
 
     The state of its iterators is ``{"next_index": position}``, that of Grain's own over the same source: the number of
     elements, None included, before the next one.
+
+    Where each of several hosts has a source of its own, all equally long, `exchange` makes of this host's next
+    elements all hosts' in turn. Every host then iterates over the elements of all, and positions count these.
     """
-    return _Elements(grain.MapDataset.source(_Chunks(source)).to_iter_dataset(_READ))
+    return _Elements(grain.MapDataset.source(_Chunks(source)).to_iter_dataset(_READ), exchange, CHUNK * hosts)
 
 
 class _Chunks:
@@ -38,20 +44,24 @@ class _Chunks:
 
 
 class _Elements(grain.IterDataset):
+    def __init__(self, chunks: grain.IterDataset, exchange: Exchange, width: int) -> None:
+        super().__init__(chunks)
+        self._exchange, self._width = exchange, width
+
     def __iter__(self) -> grain.DatasetIterator:
-        return _ElementIterator(self._parent.__iter__())
+        return _ElementIterator(self._parent.__iter__(), self._exchange, self._width)
 
 
 class _ElementIterator(grain.DatasetIterator):
-    def __init__(self, chunks: grain.DatasetIterator) -> None:
+    def __init__(self, chunks: grain.DatasetIterator, exchange: Exchange, width: int) -> None:
         super().__init__(chunks)
-        self._chunks = chunks
+        self._chunks, self._exchange, self._width = chunks, exchange, width
         self._position = 0
         self._chunk: list[Any] | None = None  # the one `_position` lies in, unless it is not read yet
 
     def __next__(self) -> Any:
         while True:
-            offset = self._position % CHUNK
+            offset = self._position % self._width
             if self._chunk is None or not offset:
                 self._read_chunk()
             if offset >= len(self._chunk):
@@ -62,7 +72,7 @@ class _ElementIterator(grain.DatasetIterator):
 
     def _read_chunk(self) -> None:
         try:
-            self._chunk = next(self._chunks)
+            self._chunk = self._exchange(next(self._chunks))
         except StopIteration:
             raise
         except Exception:
@@ -73,5 +83,5 @@ class _ElementIterator(grain.DatasetIterator):
         return {"next_index": self._position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._chunks.set_state({"next_index": state["next_index"] // CHUNK})
+        self._chunks.set_state({"next_index": state["next_index"] // self._width})
         self._position, self._chunk = state["next_index"], None

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from data_pipeline.chunked import chunked
+from data_pipeline.chunked import Exchange, chunked
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, Plan, SliceIndex
 from data_pipeline.write import FORMAT, MANIFEST
@@ -25,6 +25,7 @@ from srl_jax.records import (
     CorruptRecord,
     TeacherRecord,
     decode_record,
+    encode_record,
 )
 
 __all__ = [
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 # Beyond this share of unreadable records a data set is broken rather than scratched.
 MAX_CORRUPT_SHARE = 0.01
 _REBUILD = "build it again with launch/prepare_data.py"
+
+Share = Callable[[Sequence[bytes]], Sequence[Sequence[bytes]]]
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -232,6 +235,7 @@ def _dataset(
     repeat: bool,
     max_corrupt_share: float,
     episodes: bool = False,
+    share: Share | None = None,
     **ordering: Any,
 ) -> grain.IterDataset:
     slices = _slices(data_dir, split)
@@ -248,7 +252,18 @@ def _dataset(
         if not sources:
             raise DataError(f"split {split!r} of {data_dir} holds no whole episode; build it with an episode_share")
         index = {name: source.index(index[name]) for name, source in sources.items()}
-    return chunked(_Planned(sources, Order(index, plan)))
+    planned = _Planned(sources, Order(index, plan))
+    return chunked(planned) if share is None else chunked(planned, _exchanged(share), plan.hosts)
+
+
+def _exchanged(share: Share) -> Exchange:
+    """Record i of host h becomes the i * hosts + h-th of all, as in the order that the hosts divided."""
+
+    def exchange(mine: list[TeacherRecord | None]) -> list[TeacherRecord | None]:
+        everyones = share([b"" if record is None else encode_record(record) for record in mine])
+        return [decode_record(data) if data else None for turn in zip(*everyones, strict=True) for data in turn]
+
+    return exchange
 
 
 def make_stream(
@@ -264,6 +279,7 @@ def make_stream(
     batch_size: int = 1,
     host: int = 0,
     hosts: int = 1,
+    share: Share | None = None,
 ) -> grain.DatasetIterator:
     """An iterator of `TeacherRecord`s with `get_state()` and `set_state(state)`; endless if `repeat`.
 
@@ -272,6 +288,10 @@ def make_stream(
     together), `host` and `hosts` are those of `order.Plan`. Equal arguments give equal sequences, and the state is
     only a position. Unreadable records are skipped and logged with shard and index; more than `max_corrupt_share` of
     them raise DataError, as do a missing or foreign manifest, unknown slices and values out of range.
+
+    With `share`, which gives each host what all hand over, by host, each of the `hosts` reads its own records only and
+    has the others' from them: the sequence and its positions are those of a single host with their batches together.
+    All must then ask for records at the same time; the stream must be endless.
     """
     return iter(
         _dataset(
@@ -286,6 +306,7 @@ def make_stream(
             batch_size=batch_size,
             host=host,
             hosts=hosts,
+            share=share,
         )
     )
 

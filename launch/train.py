@@ -2,7 +2,8 @@
 
 Any field can be overridden: `--config.grpo.kl_coef=0.1`. The same command again resumes from the last checkpoint.
 `--reproduce=runs/demo --workdir=runs/again` repeats a run by its directory, and says whether it came out the same.
-Exit code: 0 done, 2 a mistake in flags, data or model, 3 stopped by a signal after saving, 4 not reproduced.
+On several hosts the same command on each, with `--coordinator_address=host0:1234 --num_processes=2 --process_id=0`.
+Exit code: 0 done, 2 a user's mistake, 3 stopped by a signal after saving, 4 not reproduced, 5 lost another host.
 """
 
 import sys
@@ -26,20 +27,22 @@ flags.register_multi_flags_validator(
     lambda given: (given["config"] is None) != (given["reproduce"] is None),
     "give either --config, a recipe, or --reproduce, the directory of a run",
 )
+cli.define_host_flags()
 
 
 def main() -> int:
     repeats = Path(_REPRODUCE.value) if _REPRODUCE.value else None
     config: TrainConfig = read_config(repeats) if repeats else _CONFIG.value
     validate(config)
+    split = cli.join_hosts(config)
     held_out = read_split(config.data.dir, config.eval.split)
     if config.method == "replay":
         stream = replay_stream(config.replay.dir, shuffle=config.replay.shuffle, seed=config.seed)
     else:
         d, make = config.data, make_episodes if config.plays_episodes else make_stream
         stream = make(
-            d.dir, "train", seed=config.seed, slice_weights=d.slice_weights or None,
-            curriculum=d.curriculum, bucket=d.bucket, batch_size=d.prompts_per_step,
+            d.dir, "train", seed=config.seed, slice_weights=d.slice_weights or None, curriculum=d.curriculum,
+            bucket=d.bucket, batch_size=d.prompts_per_step // split.get("hosts", 1), **split,
         )  # fmt: skip
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
 

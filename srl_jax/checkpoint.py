@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from srl_jax import hosts
+
 FORMAT = "srl-checkpoint/2"
 _FOR_EVER_S = 10 * 365 * 86_400
 
@@ -85,8 +87,9 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None or not issubclass(kind, hosts.HostLost):  # a save that lacks a host would never be complete
+            self.close()
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None where there is none."""
@@ -138,14 +141,23 @@ class Checkpointer:
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            reason, restored = "", None
             try:
-                return self._restore_step(step, state_like)
+                meta = self._read_meta(step, state_like)
+                restored = self._read(step, state_like)
             except (CheckpointMismatch, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # nothing is wrong with the files
             except Exception as error:  # Orbax raises a bare Exception for a missing data file
-                reason = str(error).partition("\n")[0][:300]
-                logging.warning("%s: checkpoint %d is unusable: %s", self._directory, step, reason)
-                self._set_aside(step)
+                reason = str(error).partition("\n")[0][:300] or type(error).__name__
+            # One host's part may be unreadable. Only when every host has its own can all compute the checksums.
+            if hosts.greatest(bool(reason)):
+                reason = reason or "another host cannot read its part"
+            else:
+                reason = self._wrong_bits(restored[0], meta)
+            if not reason:
+                return step, *restored
+            logging.warning("%s: checkpoint %d is unusable: %s", self._directory, step, reason)
+            self._set_aside(step)
         if steps:
             raise CheckpointError(
                 f"{self._directory}: none of the checkpoints {sorted(steps)} can be read; "
@@ -160,9 +172,12 @@ class Checkpointer:
         finally:
             self._manager.close()
 
-    def _restore_step(self, step: int, state_like: Any) -> tuple[int, Any, dict[str, Any] | bytes]:
+    def _read_meta(self, step: int, state_like: Any) -> Mapping[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         self._verify_meta(step, meta, state_like)
+        return meta
+
+    def _read(self, step: int, state_like: Any) -> tuple[Any, dict[str, Any] | bytes]:
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -170,11 +185,16 @@ class Checkpointer:
                 iterator=ocp.args.JsonRestore(),
             ),
         )
-        for name, array in _describe(items.state).items():
-            if array["checksum"] != meta["arrays"][name]["checksum"]:
-                raise CheckpointError(f"the bits of {name} are not those that were saved")
         iterator = items.iterator
-        return step, items.state, base64.b64decode(iterator["bytes"]) if "bytes" in iterator else iterator["json"]
+        return items.state, base64.b64decode(iterator["bytes"]) if "bytes" in iterator else iterator["json"]
+
+    @staticmethod
+    def _wrong_bits(state: Any, meta: Mapping[str, Any]) -> str:
+        """Which array is not as it was saved; "" when all are."""
+        for name, array in _describe(state).items():
+            if array["checksum"] != meta["arrays"][name].get("checksum"):
+                return f"the bits of {name} are not those that were saved"
+        return ""
 
     def _verify_meta(self, step: int, meta: Mapping[str, Any], state_like: Any) -> None:
         directory = self._directory / str(step)

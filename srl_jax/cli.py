@@ -1,10 +1,13 @@
 """How a launch file ends: one clear line for a mistake of the user's, a traceback for one of ours."""
 
 import errno
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -15,6 +18,7 @@ from srl_jax.sandbox.toolchain import SandboxUnavailable
 from srl_jax.tokenizer import TokenizerError
 
 EXIT_USER_ERROR = 2
+EXIT_HOST_LOST = 5
 
 # What an operating system refuses for reasons that are the user's to remove.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,6 +34,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from srl_jax.checkpoint import CheckpointError
     from srl_jax.control import Diverged
     from srl_jax.evaluate import NothingToEvaluate
+    from srl_jax.hosts import HostLost, HostsError
     from srl_jax.memory import DoesNotFit
     from srl_jax.model.export import ExportError
     from srl_jax.model.families import UnsupportedModel
@@ -42,7 +47,47 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     model = (UnsupportedModel, BadWeights, ExportError, DoesNotFit, BadMesh)
     run = (CheckpointError, Diverged, ReplayError, RemoteError, PromptTooLong)
-    return (*host, *model, *run, ReportError, NothingToEvaluate)
+    return (*host, *model, *run, ReportError, NothingToEvaluate, HostsError, HostLost)
+
+
+def define_host_flags() -> None:
+    """The flags of a program that several hosts can run together, each started with its own; see `join_hosts`."""
+    flags.DEFINE_string("coordinator_address", None, "Several hosts: host:port of process 0, which all can reach.")
+    flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes, one to a host.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Several hosts: which process this is, from 0.", lower_bound=0)
+    flags.DEFINE_bool("distributed", False, "Several hosts that JAX finds by itself: a TPU pod, Slurm.")
+    names = ("coordinator_address", "num_processes", "process_id")
+
+    def complete(given: Mapping[str, Any]) -> bool:
+        missing = [name for name in names if given[name] is None]
+        if not missing and given["process_id"] >= given["num_processes"]:
+            raise flags.ValidationError("--process_id counts from 0, so it must be less than --num_processes")
+        if missing and len(missing) < len(names):
+            raise flags.ValidationError(f"a run on several hosts also needs {', '.join(f'--{m}' for m in missing)}")
+        if not missing and not re.fullmatch(r".+:\d+", given["coordinator_address"]):
+            raise flags.ValidationError("--coordinator_address must be host:port")
+        if not missing and given["distributed"]:
+            raise flags.ValidationError(f"give either --distributed or {', '.join(f'--{m}' for m in names)}")
+        return True
+
+    flags.register_multi_flags_validator((*names, "distributed"), complete)
+
+
+def join_hosts(config: TrainConfig) -> dict[str, Any]:
+    """Joins the hosts that the flags tell of, before any JAX computation; {} where they tell of none.
+
+    Returns which share of the data is this host's: `host`, `hosts` and `share` of the data pipeline. Raises
+    `HostsError`, and `ConfigError` for what several hosts cannot do.
+    """
+    given = flags.FLAGS
+    if given.coordinator_address is None and not given.distributed:
+        return {}
+    from srl_jax import hosts  # the accelerator stack
+
+    hosts.join(given.coordinator_address, given.num_processes, given.process_id)
+    if hosts.count() > 1:
+        hosts.check_settings(config)
+    return {"host": hosts.index(), "hosts": hosts.count(), "share": hosts.share}
 
 
 def run(main: Callable[[], int | None], *extra_errors: type[Exception], section: type = TrainConfig) -> None:
@@ -69,13 +114,33 @@ def run(main: Callable[[], int | None], *extra_errors: type[Exception], section:
             logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
         try:
             code = main()
-        except Exception as error:
-            if not isinstance(error, (*extra_errors, *user_errors())) and not _is_users_own(error):
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, (*extra_errors, *user_errors())) or _is_users_own(error):
+                code = _fail(error)
+            elif _among_hosts():
+                traceback.print_exc()
+                code = 1
+            else:
                 raise
-            code = _fail(error)
+            if _among_hosts():
+                _leave(error, code)
         sys.exit(code or 0)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _among_hosts() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _leave(error: BaseException, code: int) -> NoReturn:
+    """Ends this process alone. Python's way waits until all hosts end, and they may be waiting for this one."""
+    from srl_jax import hosts
+
+    hosts.ends_in_order()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_HOST_LOST if isinstance(error, hosts.HostLost) else code)
 
 
 def _fail(error: Exception | str) -> int:

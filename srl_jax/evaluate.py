@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from srl_jax import hosts
 from srl_jax.config import TrainConfig
 from srl_jax.evaluation import VERSION, evaluation_item, summary
 from srl_jax.groups import Groups
@@ -109,9 +110,10 @@ def answer_groups(
     shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
     count = max(len(records), like)
     prompts_at_once = max(1, min(config.eval.batch_size, count * group_size) // group_size)
-    # `width` prompts are decoded at once; up to four times as many wait their turn. All turns are equally long.
+    # `width` prompts are decoded at once; up to four times as many wait their turn, though not between hosts. All turns
+    # are equally long.
     width = -(-prompts_at_once // shards) * shards
-    turns = -(-count // (4 * width))
+    turns = -(-count // (width if hosts.count() > 1 else 4 * width))
     size = -(-count // (turns * width)) * width
     variables = student.sampling_variables(lora)
     settings = StepSettings(temperature=1.0, micro_batch=width)

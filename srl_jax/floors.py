@@ -116,7 +116,9 @@ def write_bounds(
     tokenizer: Tokenizer,
     service: ScoresCompletions,
     config: TrainConfig,
+    *,
+    write: Callable[[Path, dict], None] = write_json,
 ) -> None:
     """Writes `eval_<name>.json` into `out` for each of `bounds`; `corpus` are training records, perhaps none."""
     for name, answers in bounds(records, corpus, tokenizer, config.reward.build()).items():
-        write_json(out / f"eval_{name}.json", evaluate_answers(name, answers, records, tokenizer, service, config))
+        write(out / f"eval_{name}.json", evaluate_answers(name, answers, records, tokenizer, service, config))

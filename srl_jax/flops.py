@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from srl_jax import hosts
 from srl_jax.student import Student
 from srl_jax.train_step import TrainBatch
 
@@ -66,8 +67,8 @@ def sampled_positions(arrays: Mapping[str, np.ndarray]) -> Positions:
 
 def positions(batch: TrainBatch) -> Positions:
     """The same of a batch: what its empty mask leaves out is no work either."""
-    mask = np.asarray(batch.completion_mask)
-    lengths = np.where(mask.any(axis=(1, 2)), np.asarray(batch.prompt_lengths), 0)
+    mask, prompts = hosts.gather((batch.completion_mask, batch.prompt_lengths))
+    lengths = np.where(mask.any(axis=(1, 2)), prompts, 0)
     return sampled_positions({"prompt_lengths": lengths, "mask": mask})
 
 

@@ -111,6 +111,26 @@ class MetricWriter:
         self._tensorboard.close()
 
 
+class QuietWriter:
+    """A `MetricWriter` that writes and shows nothing: those of several hosts that are not the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, *record: object) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda n: None
+
+
 def read_metrics(workdir: str | os.PathLike[str], name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The records of a run in the order written; [] where there are none. A cut-off last line is left out."""
     path = Path(workdir) / name

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from srl_jax import grpo
+from srl_jax import grpo, hosts
 from srl_jax.config import TrainConfig
 from srl_jax.groups import Groups
 from srl_jax.records import ReplayGroup, SamplerSettings
@@ -37,7 +37,7 @@ def policy_version(student: Student, config_hash: str) -> str:
 
 def store(student: Student, groups: Groups, step: int, version: str, config: TrainConfig) -> list[ReplayGroup]:
     """The groups of the batch of update `step` + 1, as they are recorded."""
-    states = np.asarray(grammar_states(student, groups.arrays["tokens"]).state)
+    states = hosts.gather(grammar_states(student, groups.arrays["tokens"]).state)
     arrays = {**groups.arrays, "grammar_states": states}
     rewards, valid, malformed = groups.column("total"), groups.valid, groups.malformed
     return [

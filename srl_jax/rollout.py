@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from srl_jax import grammar, grpo
+from srl_jax import grammar, grpo, hosts
 from srl_jax.config import TrainConfig
 from srl_jax.groups import Groups, informative, rollout_metrics, sampled_kl
 from srl_jax.groups import advantages as group_advantages
@@ -53,21 +53,28 @@ class Rollout(NamedTuple):
 def take_prompts(
     student: Student, records: Iterator[TeacherRecord], count: int, *, max_tokens: int, few_shot: int
 ) -> tuple[list[TeacherRecord], list[list[int]], int]:
-    """The next `count` records whose prompt fits, their prompts' ids, and how many were skipped as too long."""
+    """The next `count` records whose prompt fits, their prompts' ids, and how many were skipped as too long.
+
+    Of several hosts each encodes its share of the prompts.
+    """
     kept, prompts, skipped = [], [], 0
+    encode = lambda some: [
+        np.asarray(student.tokenizer.encode_prompt(record.task, few_shot=few_shot), "<i4").tobytes() for record in some
+    ]
     while len(kept) < count:
-        record = next(records)
-        ids = student.tokenizer.encode_prompt(record.task, few_shot=few_shot)
-        if len(ids) <= max_tokens:
-            kept.append(record)
-            prompts.append(ids)
-            continue
-        skipped += 1
-        if skipped >= MAX_SKIPPED:
-            raise PromptTooLong(
-                f"{skipped} prompts in a row are longer than data.max_prompt_tokens={max_tokens} (the last: "
-                f"{len(ids)} tokens); raise it, or rebuild the data set with shorter excerpts"
-            )
+        drawn = [next(records) for _ in range(count - len(kept))]
+        for record, encoded in zip(drawn, hosts.spread(drawn, encode), strict=True):
+            ids = np.frombuffer(encoded, "<i4").tolist()
+            if len(ids) <= max_tokens:
+                kept.append(record)
+                prompts.append(ids)
+                continue
+            skipped += 1
+            if skipped >= MAX_SKIPPED:
+                raise PromptTooLong(
+                    f"{skipped} prompts in a row are longer than data.max_prompt_tokens={max_tokens} (the last: "
+                    f"{len(ids)} tokens); raise it, or rebuild the data set with shorter excerpts"
+                )
     return kept, prompts, skipped
 
 
@@ -100,8 +107,12 @@ def executable_only(
 
 
 def decode_completions(student: Student, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Text of each row of [rows, T] tokens, padding left out."""
-    return [student.tokenizer.decode_trace(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
+    """Text of each row of [rows, T] tokens, padding left out. Of several hosts each decodes its share."""
+    # "surrogatepass": a completion may hold bytes that are no text, as lone surrogates.
+    decode = lambda rows: [
+        student.tokenizer.decode_trace(tokens[row, mask[row]].tolist()).encode("utf-8", "surrogatepass") for row in rows
+    ]
+    return [text.decode("utf-8", "surrogatepass") for text in hosts.spread(range(len(tokens)), decode)]
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "max_think_tokens"))
@@ -123,7 +134,7 @@ def grammar_states(student: Student, tokens: np.ndarray | jax.Array) -> grammar.
 
 def make_batch(student: Student, arrays: dict[str, np.ndarray], advantages: np.ndarray) -> TrainBatch:
     """Places host arrays on the mesh and replays the grammar over the sampled tokens."""
-    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    put = partial(hosts.place, sharding=batch_sharding(student.mesh))
     tokens = put(arrays["tokens"])
     return TrainBatch(
         put(arrays["prompt_tokens"]),
@@ -160,7 +171,7 @@ def sample_groups(
     up: their completions have an empty mask and are `NOT_ASKED`.
     """
     started = time.perf_counter()
-    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    put = partial(hosts.place, sharding=batch_sharding(student.mesh))
     prompt_tokens, lengths = pad_prompts(prompts, prompt_width, student.tokenizer.pad_id)
     drawn: Completions = sample(
         student.decoder,
@@ -175,9 +186,7 @@ def sample_groups(
         slots=slots,
     )
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
-    arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs", "finished")}
-    if drawn.kept is not None:
-        arrays["kept"] = np.asarray(drawn.kept)
+    arrays |= {name: array for name, array in hosts.gather(drawn._asdict()).items() if array is not None}
     if asked is not None:
         arrays["mask"] = arrays["mask"] & asked[:, None, None]
     timing["rollout"] += time.perf_counter() - started
@@ -192,7 +201,7 @@ def sample_groups(
     if reference:
         batch = make_batch(student, arrays, np.zeros((len(records), group_size)))
         scored = reference_logprobs(student.decoder, student.params, student.automaton, batch, settings=settings)
-        arrays["ref"] = np.asarray(scored)
+        arrays["ref"] = hosts.gather(scored)
     else:
         arrays["ref"] = arrays["logprobs"]
     timing["reference"] += time.perf_counter() - started
@@ -242,7 +251,7 @@ def collect_rollouts(
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups
         members = with_teachers(student, drawn, config) if c.teacher_in_group else drawn
-        kept = informative(members, config)
+        kept = hosts.from_first(partial(informative, members, config))
         if len(kept) >= wanted:
             break
     others = [i for i in range(len(drawn.records)) if i not in set(kept)]
@@ -293,7 +302,7 @@ def _weigh(
         used, config, student.tokenizer, kl=kl, kl_coef=kl_coef if c.kl_placement == "reward" else 0.0, values=values
     )
     advantages = advantages * live.reshape(-1, *[1] * (advantages.ndim - 1))
-    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    put = partial(hosts.place, sharding=batch_sharding(student.mesh))
     batch, gap = with_advantages(student, batch, arrays, advantages, scores, config, settings)
     if c.teacher_in_group:
         imitated = np.zeros(used.valid.shape, bool)
@@ -327,9 +336,9 @@ def completion_kl(
     if _kl_is_exact(config):
         rows = (-1, arrays["mask"].shape[-1])
         mean = grpo.mean_over_tokens(scores.kl.reshape(rows), arrays["mask"].reshape(rows))
-        return np.asarray(mean).reshape(arrays["mask"].shape[:-1])
+        return hosts.gather(mean).reshape(arrays["mask"].shape[:-1])
     if _apart(student, config):
-        arrays = {**arrays, "logprobs": np.asarray(scores.logprobs)}
+        arrays = {**arrays, "logprobs": hosts.gather(scores.logprobs)}
     estimator = config.grpo.kl_estimator
     return sampled_kl(arrays, "k1" if estimator == "exact" else estimator)
 
@@ -348,12 +357,12 @@ def with_advantages(
     `arrays` are those the batch was made of. Also how far the sampler's log-probs are from the batch's, where these are
     not the sampler's, over all members that we sampled.
     """
-    put = partial(jax.device_put, device=batch_sharding(student.mesh))
+    put = partial(hosts.place, sharding=batch_sharding(student.mesh))
     batch = batch._replace(advantages=put(advantages.astype(np.float32)))
     gap = None
     if _apart(student, config):
         sampled = arrays["mask"].shape[1] - config.grpo.teacher_in_group
-        apart = np.abs(np.asarray(scores.logprobs) - arrays["logprobs"])[:, :sampled]
+        apart = np.abs(hosts.gather(scores.logprobs) - arrays["logprobs"])[:, :sampled]
         gap = float(np.mean(apart, where=arrays["mask"][:, :sampled])) if arrays["mask"][:, :sampled].any() else 0.0
         if cap := config.grpo.importance_cap:
             weights = grpo.truncated_importance_weights(scores.logprobs, batch.old_logprobs, cap)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from srl_jax import rewards
+from srl_jax import hosts, rewards
 from srl_jax.checkpoint import Checkpointer, CheckpointMeta
 from srl_jax.config import ConfigError, TrainConfig, config_hash, validate
 from srl_jax.control import ControlState
@@ -21,6 +21,7 @@ from srl_jax.sandbox.runner import Sandbox
 from srl_jax.sandbox.service import RewardService, ScoresCompletions
 from srl_jax.sandbox.wire import SERVER_TOKEN, Contract
 from srl_jax.sharding import make_mesh, replicated
+from srl_jax.shared_rewards import SharedRewards
 from srl_jax.student import Student, load_student
 from srl_jax.train_step import TrainState, make_optimizer
 from srl_jax.value import fresh_value
@@ -75,6 +76,10 @@ class Run:
                 self._open_remote(stack, reward, token)
             else:
                 self._open_local(stack, reward, sandbox if executes else None)
+            if hosts.count() > 1:
+                self.rewards, self.judge = SharedRewards(self.rewards), SharedRewards(self.judge)
+                runners = "none" if self.runners is None else ", ".join(sorted(self.runners))
+                hosts.check_same({"the test runners": runners, "the tokenizer": self.student.tokenizer.fingerprint})
             self.optimizer: optax.GradientTransformation
             updates, optim = config.updates_per_step, dataclasses.asdict(config.optim)
             optim["warmup_steps"] *= updates
@@ -142,8 +147,8 @@ class Run:
         runners = self.judge.connect()
         self.runners = runners if executes else None
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
     def resume(self) -> tuple[int, Any] | None:
         """Takes over the newest checkpoint: (its step, the data stream's position), or None where there is none.

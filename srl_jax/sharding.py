@@ -51,6 +51,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     wanted = int(np.prod(sizes))
     if wanted > len(devices):
         raise BadMesh(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {wanted} devices, {len(devices)} are here")
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise BadMesh(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} leaves devices of several hosts out; use all {len(devices)}"
+        )
     used = np.asarray(devices[:wanted]).reshape(sizes)
     # Auto: the compiler places intermediate values; Explicit (JAX's newer default) would need a type at each op.
     return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))

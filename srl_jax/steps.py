@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srl_jax import control, flops
+from srl_jax import control, flops, hosts
 from srl_jax.chains import collect_episodes
 from srl_jax.config import TrainConfig, config_hash
+from srl_jax.control import ControlState
 from srl_jax.groups import COMPONENTS
 from srl_jax.replay import ReplayWriter
 from srl_jax.replay_step import collect_replay, policy_version, store
@@ -66,7 +67,10 @@ class _Timed(Iterator[Any]):
 
 
 def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWriter | None) -> Step:
-    """Replaces `run.state` and `run.control` by their successors; `records` are what the method reads."""
+    """Replaces `run.state` and `run.control` by their successors; `records` are what the method reads.
+
+    `recorder` keeps the rollouts of a run that records them; of several hosts only the first one's does.
+    """
     config, student, settings = run.config, run.student, step_settings(run.config)
     began = time.perf_counter()
     records = _Timed(records)
@@ -93,10 +97,12 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
         batch, metrics = rollout.batch, dict(rollout.metrics)
         work.sampled += flops.sampled_positions(rollout.drawn.arrays)
         work.scored += flops.sampled_positions(rollout.drawn.arrays)
-        if recorder is not None:
+        if recorder is not None or config.replay.record:  # every host takes part in making what one writes
             recording = time.perf_counter()
             version = policy_version(student, config_hash(config))
-            recorder.add(step + 1, store(student, rollout.used, step, version, config))
+            stored = store(student, rollout.used, step, version, config)
+            if recorder is not None:
+                recorder.add(step + 1, stored)
             metrics["seconds/record"] = time.perf_counter() - recording
     updating = time.perf_counter()
     passes = 1 if config.method == "sft" else config.grpo.epochs
@@ -109,7 +115,9 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
         run.state = run.state._replace(value=jax.tree.map(jnp.asarray, value))
     if metrics["skipped"]:
         dump_batch(run, batch, step)
-    run.control = control.after_step(run.control, metrics, config)
+    run.control = ControlState.from_dict(
+        hosts.from_first(lambda: control.after_step(run.control, metrics, config).to_dict())
+    )
     now = time.perf_counter()
     metrics |= {
         "kl_coef": coefficient,
@@ -148,9 +156,11 @@ def _update(run: Run, batch: TrainBatch, settings: StepSettings, kl_coef: float,
 def dump_batch(run: Run, batch: TrainBatch, step: int) -> None:
     """Writes the batch of an update that was not finite to `<workdir>/broken/step<N>.npz`, for whoever looks why."""
     folder = run.workdir / BROKEN
+    leaves = jax.tree_util.tree_leaves_with_path(hosts.gather({"batch": batch._asdict(), "lora": run.state.lora}))
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    if not hosts.is_first():
+        return
     folder.mkdir(exist_ok=True)
-    leaves = jax.tree_util.tree_leaves_with_path({"batch": batch._asdict(), "lora": run.state.lora})
-    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     temporary = folder / f"step{step + 1}.tmp.npz"
     np.savez_compressed(temporary, **arrays)
     temporary.replace(folder / f"step{step + 1}.npz")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from srl_jax import grammar
+from srl_jax import grammar, hosts
 from srl_jax.config import TrainConfig
 from srl_jax.groups import Groups
 from srl_jax.rewards import Reward, combine
@@ -59,7 +59,7 @@ def with_teachers(student: Student, groups: Groups, config: TrainConfig) -> Grou
     tokens, sizes = pad_prompts(ids, width, student.tokenizer.pad_id)
     mask = np.arange(width) < sizes[:, None]
     budgets = (student.sampling.max_new_tokens, student.sampling.max_think_tokens)
-    allowed = np.asarray(_possible(student.automaton, tokens, mask, *budgets)) & (sizes > 0)
+    allowed = hosts.gather(_possible(student.automaton, tokens, mask, *budgets)) & (sizes > 0)
     best = config.reward.build()
     total = combine(1.0, 1.0, 1.0, best, executed=True if best.execution > 0 else None)
     scores = [

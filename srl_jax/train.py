@@ -1,7 +1,8 @@
 """The loop: resume, roll out, step, log, save, evaluate, report.
 
 It orchestrates and computes nothing itself. Running the same command again goes on from the last checkpoint; SIGINT
-and SIGTERM save first.
+and SIGTERM save first. On several hosts every process runs this same loop; the first one writes, and what the loop does
+next is decided by values that all have alike (srl_jax/hosts.py).
 """
 
 import os
@@ -13,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from srl_jax import control
+from srl_jax import control, hosts
 from srl_jax.compiles import count_compiles
-from srl_jax.config import TrainConfig
-from srl_jax.environment import ENVIRONMENT_FILE, check_same, environment
+from srl_jax.config import TrainConfig, config_hash
+from srl_jax.environment import ENVIRONMENT_FILE, check_same, data_hash, environment
 from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
 from srl_jax.evaluation import write_json
 from srl_jax.floors import write_bounds
-from srl_jax.metrics import MetricWriter
+from srl_jax.metrics import MetricWriter, QuietWriter
 from srl_jax.page import write_page
 from srl_jax.records import ReplayGroup, TeacherRecord
 from srl_jax.replay import ReplayWriter
@@ -68,9 +69,9 @@ class StopRequested:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Called where everything that was computed can be saved."""
-        if self._signal is not None:
-            raise Stopped(signal.Signals(self._signal).name)
+        """Called where everything that was computed can be saved; a signal to one host stops all at the same point."""
+        if number := hosts.greatest(self._signal or 0):
+            raise Stopped(signal.Signals(number).name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -94,31 +95,60 @@ def train(
     it was in the end.
 
     Returns True when the run is complete, False when a signal stopped it after saving. Raises what `Run` raises,
-    `Diverged` when update after update was not finite or sampler and trainer disagree, and `NotReproduced`.
+    `Diverged` when update after update was not finite or sampler and trainer disagree, and `NotReproduced`; of several
+    hosts, `HostsError` and `HostLost`.
     """
-    with StopRequested() as stop, Run(config, workdir) as run:
-        resumed = run.resume()
-        start = 0
-        if resumed is not None:
-            start, position = resumed
-            stream.set_state(position)
-        run.checkpoints.prepare(run.state)
-        with MetricWriter(run.workdir, config.steps, resumed_step=start) as writer:
-            write_json(run.workdir / "config.json", config.to_dict())
+    with StopRequested() as stop, hosts.together():
+        if hosts.count() > 1:
+            hosts.check(config, workdir, {"the configuration": config_hash(config), "the data": data_hash(config)})
+        with Run(config, workdir) as run, hosts.together():
+            return _train(run, stream, held_out, corpus, stop, repeats)
+
+
+def _train(
+    run: Run,
+    stream: RecordStream,
+    held_out: Sequence[TeacherRecord],
+    corpus: Sequence[TeacherRecord],
+    stop: StopRequested,
+    repeats: Path | None,
+) -> bool:
+    """`train`, once everything is open."""
+    config = run.config
+    resumed = run.resume()
+    start = 0
+    if resumed is not None:
+        start, position = resumed
+        stream.set_state(position)
+    run.checkpoints.prepare(run.state)
+    with _writer(run, start) as writer:
+        _write(run.workdir / "config.json", config.to_dict())
+        if hosts.is_first():
             _record_environment(run, writer, repeats)
-            if start:
-                writer.note(f"resumed at step {start} of {config.steps}")
-            with ExitStack() as stack:
-                recorder = None
-                if config.replay.record:
-                    recorder = stack.enter_context(ReplayWriter(run.workdir / "replay"))
-                complete = _loop(run, stream, held_out, corpus, writer, stop, start, recorder)
-            if complete and repeats is not None:
-                same, line = verdict(repeats, run.workdir)
-                if not same:
-                    raise NotReproduced(line)
-                writer.note(line)
-            return complete
+        if start:
+            writer.note(f"resumed at step {start} of {config.steps}")
+        with ExitStack() as stack:
+            recorder = None
+            if config.replay.record and hosts.is_first():
+                recorder = stack.enter_context(ReplayWriter(run.workdir / "replay"))
+            complete = _loop(run, stream, held_out, corpus, writer, stop, start, recorder)
+        if complete and repeats is not None:
+            same, line = hosts.from_first(lambda: verdict(repeats, run.workdir))
+            if not same:
+                raise NotReproduced(line)
+            writer.note(line)
+        return complete
+
+
+def _writer(run: Run, start: int) -> MetricWriter | QuietWriter:
+    if not hosts.is_first():
+        return QuietWriter()
+    return MetricWriter(run.workdir, run.config.steps, resumed_step=start)
+
+
+def _write(path: Path, value: dict) -> None:
+    if hosts.is_first():
+        write_json(path, value)
 
 
 def _record_environment(run: Run, writer: MetricWriter, repeats: Path | None) -> None:
@@ -140,7 +170,7 @@ def _loop(
     stream: RecordStream,
     held_out: Sequence[TeacherRecord],
     corpus: Sequence[TeacherRecord],
-    writer: MetricWriter,
+    writer: MetricWriter | QuietWriter,
     stop: StopRequested,
     step: int,
     recorder: ReplayWriter | None,
@@ -155,8 +185,9 @@ def _loop(
     def assess(name: str, adapters: dict | None, *, again: bool = False) -> float | None:
         """The mean reward of the evaluation called `name`, which is made unless it is there."""
         path = run.workdir / f"eval_{name}.json"
-        if not again and evaluated_before(path, tasks, config):
-            return load_evaluation(path)["metrics"]["reward"]
+        known = lambda: [load_evaluation(path)["metrics"]["reward"]] if evaluated_before(path, tasks, config) else []
+        if not again and (reward := hosts.from_first(known)):
+            return reward[0]
         stop.check()
         with writer.progress(f"evaluating {name}", len(tasks)) as shown:
 
@@ -165,7 +196,7 @@ def _loop(
                 stop.check()
 
             result = evaluate(student, adapters, tasks, run.judge, config, name=name, advance=advance)
-        write_json(path, result)
+        _write(path, result)
         m = result["metrics"]
         reward = "unknown" if m["reward"] is None else f"{m['reward']:.4f}"
         writer.note(f"{name}: reward {reward} on {m['tasks']} held-out tasks in {m['seconds']:.0f} s")
@@ -210,7 +241,7 @@ def _loop(
         save()
         run.wait()
         stop.check()
-        write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config)
+        write_bounds(run.workdir, tasks, corpus, student.tokenizer, run.judge, config, write=_write)
         assess("student", run.best_lora(), again=True)
     except (Stopped, control.Diverged) as reason:
         save()
@@ -219,5 +250,6 @@ def _loop(
             raise
         writer.note(f"stopped by {reason}; saved at step {step}. Run the same command to go on.")
         return False
-    writer.note(f"report: {write_report(run.workdir)}, every trace: {write_page(run.workdir)}")
+    if hosts.is_first():
+        writer.note(f"report: {write_report(run.workdir)}, every trace: {write_page(run.workdir)}")
     return True

@@ -204,6 +204,16 @@ def test_damaged_files_fall_back(tmp_path, damage):
     gc.collect()  # so that those coroutines are reported here and not in some later test
 
 
+def test_what_another_host_cannot_read_is_taken_by_none(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path / "c", 1, 2)
+    others = iter([1, 0])  # of the newest, then of the one before
+    monkeypatch.setattr(checkpoint.hosts, "greatest", lambda mine: max(mine, next(others)))
+    with Checkpointer(tmp_path / "c", 3, META) as checkpointer:
+        step, restored, _ = checkpointer.restore(make_state())
+    assert (step, bits(restored)) == (1, bits(make_state(1)))
+    assert (tmp_path / "c" / "2.corrupt").is_dir() and "another host cannot read its part" in caplog.text
+
+
 def test_nothing_usable_is_an_error_not_a_fresh_start(tmp_path):
     save_steps(tmp_path / "c", 1, 2)
     for step in ("1", "2"):

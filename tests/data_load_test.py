@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Barrier
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from data_pipeline.chunked import CHUNK
 from data_pipeline.errors import DataError
 from data_pipeline.load import benchmark, make_loader, make_stream, read_sample, read_split, verify
 from data_pipeline.tasks.catalogue import rule_named
@@ -122,6 +125,50 @@ def test_a_stream_ordered_in_every_way_resumes_and_splits_over_hosts(data):
     assert ids(islice(again, 20)) == rest
     for batch in range(3):
         assert sorted(parts[0][4 * batch :][:4] + parts[1][4 * batch :][:4]) == sorted(whole[8 * batch :][:8])
+
+
+def together(hosts, work):
+    """What `work(host, share)` returns for every host, each in a thread of its own, `share` between them."""
+    barrier, given = Barrier(hosts, timeout=60), [None] * hosts
+
+    def sharing(host):
+        def share(mine):
+            given[host] = list(mine)
+            barrier.wait()
+            everyones = list(given)
+            barrier.wait()
+            return everyones
+
+        return share
+
+    with ThreadPoolExecutor(hosts) as threads:
+        return list(threads.map(lambda host: work(host, sharing(host)), range(hosts)))
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_hosts_that_share_have_the_order_of_one_and_read_only_their_part(data, hosts):
+    replace_one_record(data, b"{rubbish")
+    options = {"seed": 2, "curriculum": 0.7, "bucket": 2, "max_corrupt_share": 1.0}
+    alone = make_stream(data, "train", **options, batch_size=12)
+    whole = [(row, alone.get_state()) for row in islice(alone, 150)]
+    lengths = []
+
+    def read(host, share):
+        def counting(mine):
+            lengths.append(len(mine))
+            return share(mine)
+
+        split = {"host": host, "hosts": hosts, "share": counting, "batch_size": 12 // hosts}
+        stream = make_stream(data, "train", **options, **split)
+        seen = [(row, stream.get_state()) for row in islice(stream, 150)]
+        again = make_stream(data, "train", **options, **split)
+        again.set_state(whole[99][1])  # where a single host stood
+        return seen, list(islice(again, 50))
+
+    for seen, rest in together(hosts, read):
+        assert seen == whole and rest == [row for row, _ in whole[100:]]
+    at, end, width = whole[99][1]["next_index"], whole[-1][1]["next_index"], CHUNK * hosts
+    assert sum(lengths) == width * (-(-end // width) + -(-end // width) - at // width)  # no record by two hosts
 
 
 def test_lengths_are_known_without_reading_records(data, records):

@@ -64,3 +64,9 @@ def test_two_hosts_equal_one(tmp_path):
         assert report["metrics"]["logprob_gap"] < 1e-5 and report["metrics"]["grad_norm"] > 1e-4
         for name, array in arrays.items():
             np.testing.assert_allclose(array, alone_arrays[name], atol=1e-5, err_msg=name)
+        assert report["shared"] == [[[3, "65"]], [[3000, "61"], [0, ""], [1, "01"]]]
+        assert report["spread"] == ["a0", "b0", "c1", "d1", "e1"] and report["none"] == []
+        assert report["first"] == {"number": 0, "half": 0.5} and report["greatest"] == 7
+        assert report["same"] is None and report["left"] == []
+        assert "the data: set 1 on host 1, set 0 on host 0" in report["differs"]
+        assert "is not the same directory on host 1 as on host 0; put it on shared storage" in report["apart"]

@@ -1,10 +1,13 @@
 """One of the processes of multihost_test.py: samples and updates on a mesh over all processes, reports what came out.
 
+Between several it also tries every way in which hosts meet (srl_jax/hosts.py).
+
 Arguments: coordinator address, number of processes, this one's number, output file. One process: the same work alone.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from srl_jax import sharding
+from srl_jax import hosts, sharding
 from srl_jax.rollout import make_batch
 from srl_jax.sampling import sample
 from srl_jax.student import load_student, pad_prompts
@@ -24,8 +27,7 @@ _P, _G = 4, 2
 
 def main(coordinator: str, processes: int, number: int, out: Path) -> None:
     if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, processes, number)
+        hosts.join(coordinator, processes, number)
     # Two hosts of two devices: `data` crosses between hosts, `fsdp` stays within one.
     mesh = sharding.make_mesh(data=processes, fsdp=jax.local_device_count())
     config = tiny_config()
@@ -60,7 +62,34 @@ def main(coordinator: str, processes: int, number: int, out: Path) -> None:
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
     np.savez(out.with_suffix(".npz"), tokens=drawn.tokens, **flat)
     values = {name: float(value) for name, value in metrics.items()}
-    out.write_text(json.dumps({"metrics": values, "devices": jax.device_count(), "hash": student.base_hash}))
+    met = meet(out.parent, number) if processes > 1 else {}
+    out.write_text(json.dumps({"metrics": values, "devices": jax.device_count(), "hash": student.base_hash, **met}))
+
+
+def meet(folder: Path, number: int) -> dict:
+    """What `share`, `spread`, `from_first`, `greatest` and the checks gave this process."""
+    pieces = [b"a" * (3000 * number), b"", bytes([number])] if number else [b"one"]
+    hosts._SEEN_WITHIN_S = 0.2
+    return {
+        "shared": [[[len(piece), piece[-1:].hex()] for piece in some] for some in hosts.share(pieces)],
+        "spread": [
+            piece.decode() for piece in hosts.spread("abcde", lambda mine: [f"{c}{number}".encode() for c in mine])
+        ],
+        "none": hosts.spread([], list),
+        "first": hosts.from_first(lambda: {"number": number, "half": 0.5}),
+        "greatest": hosts.greatest(7 * number),
+        "same": refusal(lambda: hosts.check(tiny_config(), folder, {"the data": "x"})),
+        "differs": refusal(lambda: hosts.check(tiny_config(), folder, {"the data": f"set {number}"})),
+        "apart": refusal(lambda: hosts.check(tiny_config(), folder / f"own{number}", {})),
+        "left": sorted(path.name for path in folder.glob(".seen*")),
+    }
+
+
+def refusal(work: Callable[[], None]) -> str | None:
+    try:
+        return work()
+    except hosts.HostsError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ class Score:
     queued_s: float | None = field(default=None, compare=False)
 
 
+class PendingScores(Protocol):
+    """Scores under way, such as a `Future` of them."""
+
+    def result(self) -> list[Score]: ...
+
+
 class ScoresCompletions(Protocol):
     """What training and evaluation ask of a reward service, here or on another machine."""
 
@@ -84,7 +90,7 @@ class ScoresCompletions(Protocol):
 
     def score(self, items: Sequence[ScoreRequest]) -> list[Score]: ...
 
-    def submit(self, items: Sequence[ScoreRequest]) -> Future[list[Score]]: ...
+    def submit(self, items: Sequence[ScoreRequest]) -> PendingScores: ...
 
 
 @dataclass(frozen=True)
