@@ -48,7 +48,8 @@ $(DEMO_DATA): configs/data_demo.py | $(INSTALLED)
 # Beside its peers, which are installed for it; alone on the machine, or the times are worth little.
 bench: $(DEMO_DATA)
 	$(MAKE) setup EXTRAS=test,bench
-	$(BIN)/python launch/benchmark.py --out=runs/bench --compare=hf,trl,tunix --parts=workloads,grammar,tags,ablation
+	$(BIN)/python launch/benchmark.py --out=runs/bench --compare=hf,trl,tunix --config=configs/smollm2_cpu.py \
+		--parts=workloads,reward,grammar,tags,ablation
 
 # What was installed and cached; data/ and runs/ are yours.
 clean:

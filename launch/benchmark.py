@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from srl_jax import cli
 
 _OUT = flags.DEFINE_string("out", "runs/bench", "Where rounds and results are kept.")
-_PARTS = flags.DEFINE_list("parts", ["workloads"], "Among workloads, grammar, tags, ablation.")
+_PARTS = flags.DEFINE_list("parts", ["workloads"], "Among workloads, reward, grammar, tags, ablation.")
 _WORKLOAD = flags.DEFINE_list("workload", ["w1", "w2", "w3"], "Among w1, w2, w3, tiny, gpu05b, gpu8b.")
 _COMPARE = flags.DEFINE_list("compare", [], "Peers, among hf (transformers), trl, tunix.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternating rounds of each race.", lower_bound=1)
-_DATA = flags.DEFINE_string("data", "data/demo", "Data set whose dev split --parts=tags reads.")
-_RECORDS = flags.DEFINE_integer("records", 24, "Dev records for --parts=tags.", lower_bound=1)
+_DATA = flags.DEFINE_string("data", "data/demo", "Data set whose dev split --parts=reward,tags read.")
+_RECORDS = flags.DEFINE_integer("records", 32, "Dev records for --parts=reward,tags.", lower_bound=1)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe whose steps --parts=reward takes.")
 
 
 def main() -> int:
@@ -39,6 +41,7 @@ def main() -> int:
             rounds=_ROUNDS.value,
             command=shlex.join(["python", *sys.argv]),
             records=lambda: read_sample(_DATA.value, "dev", _RECORDS.value),
+            config=_CONFIG.value,
         )
     )
     return 0
@@ -46,5 +49,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     from data_pipeline.errors import DataError
+    from srl_jax.bench.worker import PartFailed
 
-    cli.run(main, DataError)
+    cli.run(main, DataError, PartFailed)

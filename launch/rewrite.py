@@ -23,6 +23,7 @@ _DIRECTORY = flags.DEFINE_string("directory", None, "The code to rewrite.")
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "What to do, in words.")
 _LANGUAGE = flags.DEFINE_enum("language", None, list(LANGUAGES), "Look at files of this language only.")
 _TESTS = flags.DEFINE_enum("tests", None, ["unittest", "pytest", "node"], "Run the directory's tests with this runner.")
+_TEST_SECONDS = flags.DEFINE_float("test_seconds", 30.0, "What one run of the tests may take.", lower_bound=1.0)
 _PLACES = flags.DEFINE_integer("places", 1, "Files to consider, one prompt each.", lower_bound=1, upper_bound=16)
 _CANDIDATES = flags.DEFINE_integer("candidates", 8, "Answers to each prompt.", lower_bound=1, upper_bound=64)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampled answers; the first one is greedy.", lower_bound=0)
@@ -37,6 +38,7 @@ flags.mark_flags_as_mutual_exclusive(["workdir", "model", "teacher"], required=T
 def main() -> int:
     languages = (_LANGUAGE.value,) if _LANGUAGE.value else ()
     options = {"places": _PLACES.value, "candidates": _CANDIDATES.value, "seed": _SEED.value}
+    options["test_seconds"] = _TEST_SECONDS.value
     request = Request(_INSTRUCTION.value, {}, None, languages, _TESTS.value, **options)
     writing = Writing(_APPLY.value, _YES.value, _FORCE.value, _JSON.value)
     return take_step(Path(_DIRECTORY.value), request, _propose, writing)

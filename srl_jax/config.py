@@ -379,6 +379,8 @@ def read_config(workdir: Path) -> TrainConfig:
         raise NotARun(f"{workdir} holds no config.json, so it is not a run; give a --workdir of train.py") from None
     except json.JSONDecodeError as error:
         raise NotARun(f"{path} is not JSON ({error}); run launch/train.py again, it writes the file anew") from None
+    except ConfigError as error:
+        raise NotARun(f"{path} is not that of a run of this version ({error}); give a --workdir of train.py") from None
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -432,6 +434,12 @@ def _validate_grpo(config: TrainConfig) -> None:
     if grpo.negative_ratio_cap and grpo.negative_ratio_cap < 1 + grpo.clip_epsilon_low:
         raise ConfigError(
             "grpo.negative_ratio_cap", grpo.negative_ratio_cap, f"must be 0 or above 1 + {grpo.clip_epsilon_low}"
+        )
+    if 0 < grpo.importance_cap < 1:
+        raise ConfigError(
+            "grpo.importance_cap",
+            grpo.importance_cap,
+            "must be 0 (off) or at least 1: where sampler and trainer agree a weight is 1, which this would cut",
         )
     if grpo.credit == "blocks" or grpo.scale == "components":
         name = "credit" if grpo.credit == "blocks" else "scale"

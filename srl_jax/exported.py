@@ -25,6 +25,8 @@ def load_exported(path: Path) -> tuple[TrainConfig, Student, dict | None]:
     Raises `ConfigError` for a directory that is no model or an adapter whose base is not here, and what
     `load_student` raises.
     """
+    if (path / "checkpoints").is_dir():
+        raise ConfigError("model.source", str(path), "is a run: give it as --workdir, or export it by launch/export.py")
     adapter = (path / CONFIG_FILE).is_file()
     if not adapter and not (path / "config.json").is_file():
         raise ConfigError("model.source", str(path), f"holds neither config.json nor {CONFIG_FILE}, so it is no export")

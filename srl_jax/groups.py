@@ -154,6 +154,7 @@ def rollout_metrics(
     rejections = Counter(
         s.reward.rejection.value for row in groups.scores for s in row if s.reward and s.reward.rejection
     )
+    queued = [s.queued_s for row in groups.scores for s in row if s.queued_s is not None]
     return {
         "reward/total": mean(total),
         "reward/action": mean(groups.column("action")),
@@ -176,5 +177,7 @@ def rollout_metrics(
         "seconds/rollout": timing["rollout"],
         "seconds/reference": timing["reference"],
         "seconds/reward_wait": timing["reward_wait"],
+        "seconds/queue_mean": mean(np.asarray(queued)),
+        "seconds/queue_max": max(queued, default=None),
         **{f"rejected/{name}": float(count) for name, count in rejections.items()},
     }

@@ -233,6 +233,8 @@ _ROWS = (
     ("loss, gradient", ("loss", "grad_norm"), "{:.4f}"),
     ("tok/s, TFLOP/s, MFU", ("tokens_per_second", "model_tflops", "mfu"), "{:.3g}"),
     ("s: rollout, reward, update", ("seconds/rollout", "seconds/reward_wait", "seconds/update"), "{:.2f}"),
+    # Waited for the loader, in all; and by an execution for a slot of the sandbox.
+    ("s queued: data, slot, longest", ("seconds/data_wait", "seconds/queue_mean", "seconds/queue_max"), "{:.2f}"),
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _TREND = 40  # steps

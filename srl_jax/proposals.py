@@ -5,15 +5,16 @@ sandbox, before a person sees it as a diff. `srl_jax.worktree` alone writes file
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srl_jax.excerpt import excerpt
 from srl_jax.records import SourceFile, Task, TestSpec
-from srl_jax.relevance import Place, relevant_places
-from srl_jax.sandbox.engine import EngineResult, Status, reached_files
-from srl_jax.sandbox.isolation import MAX_REPOSITORY_FILES
-from srl_jax.sandbox.runner import Sandbox, TestOutcome, exact_globs, runnable_files
+from srl_jax.relevance import Place, language_of, relevant_places
+from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status, reached_files
+from srl_jax.sandbox.isolation import MAX_REPOSITORY_FILES, Limits
+from srl_jax.sandbox.runner import Sandbox, SandboxConfig, TestOutcome, exact_globs, runnable_files
 from srl_jax.trace import StateUpdate, Trace, render_action, render_state
 from srl_jax.worktree import DirectoryError
 
@@ -30,6 +31,11 @@ class Request:
     places: int = 1  # files shown, one a prompt
     candidates: int = 8  # for each of them; the first is greedy
     seed: int = 0
+    test_seconds: float = 30.0  # for one run of the tests
+
+    def sandbox(self) -> SandboxConfig:
+        """What a sandbox for its tests is opened with."""
+        return SandboxConfig(test_limits=Limits(wall_s=self.test_seconds, cpu_s=math.ceil(self.test_seconds)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +75,13 @@ class Proposal:
 
 def places_to_show(request: Request) -> list[Place]:
     """The files that the instruction speaks of, best first; raises `DirectoryError` for none."""
-    languages = {"languages": request.languages} if request.languages else {}
-    places = relevant_places(request.instruction, request.files, limit=request.places, **languages)
+    languages = request.languages or tuple(EXTENSIONS)
+    if not any(language_of(path) in languages for path in request.files):
+        raise DirectoryError(
+            f"none of the directory's {len(request.files)} files is {' or '.join(languages)}; files that git ignores "
+            "do not count, nor do links, hidden folders and files above 1 MiB"
+        )
+    places = relevant_places(request.instruction, request.files, languages=languages, limit=request.places)
     if not places:
         raise DirectoryError(
             "no file holds a word of the instruction; name a file in it, or something that stands in the code"
@@ -124,7 +135,13 @@ class TestBench:
         if not self.before.passed:
             raise DirectoryError(
                 f"no {runner} test passes before the edit ({self.before.ended}), so tests can tell nothing; leave "
-                f"--tests out. They said: {self.before.output.strip()[-500:]}"
+                f"--tests out or name their runner. They said: {self.before.output.strip()[-500:]}"
+            )
+        if self.before.ended != "finished":
+            raise DirectoryError(
+                f"the {runner} tests do not come to their end even before the edit ({self.before.ended}, after "
+                f"{len(self.before.passed)} that pass); raise --test_seconds, give a smaller --directory or leave "
+                "--tests out"
             )
 
     def run(self, edited: Mapping[str, str]) -> tuple[TestOutcome, tuple[str, ...]]:

@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 from srl_jax.sandbox.engine import EXTENSIONS
 
 _BACKQUOTED = re.compile(r"`([^`\n]+)`")
-_WORD = re.compile(r"[A-Za-z_$][\w$.-]*[\w$]")
+# A language that does not part words by spaces joins them to names of the code, which are mostly of ASCII letters.
+_WORDS = (re.compile(r"[^\W\d][\w$.-]*[\w$]|\$[\w$.-]*[\w$]"), re.compile(r"[A-Za-z_$][\w$.-]*[\w$]", re.ASCII))
 # What a person marks as code says most, then what can only be code (a_b, a.b, aB), then any other word.
 _MARKED, _CODE_LIKE, _PLAIN = 9.0, 3.0, 1.0
 
@@ -60,15 +61,20 @@ def relevant_places(
 
 def _is_named(path: str, instruction: str) -> bool:
     name = PurePosixPath(path).name
-    return re.search(rf"(?<![\w-])({re.escape(path)}|{re.escape(name)})(?![\w-])", instruction) is not None
+    pattern = rf"(?<![\w-])({re.escape(path)}|{re.escape(name)})(?![\w-])"
+    return re.search(pattern, instruction, re.ASCII) is not None
 
 
 def _weights(instruction: str) -> dict[str, float]:
     weights = dict.fromkeys(_BACKQUOTED.findall(instruction), _MARKED)
     for marked in list(weights):
-        for word in _WORD.findall(marked):  # `old(x, y)` may stand in no file as it is, `old` does
+        for word in _words(marked):  # `old(x, y)` may stand in no file as it is, `old` does
             weights.setdefault(word, _MARKED / 2)
-    for word in _WORD.findall(_BACKQUOTED.sub(" ", instruction)):
+    for word in _words(_BACKQUOTED.sub(" ", instruction)):
         code_like = re.search(r"[_.$\d]|[a-z][A-Z]", word) is not None
         weights.setdefault(word, _CODE_LIKE if code_like else _PLAIN)
     return weights
+
+
+def _words(text: str) -> list[str]:
+    return [word for pattern in _WORDS for word in pattern.findall(text)]

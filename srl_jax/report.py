@@ -8,6 +8,7 @@ Reads what training left in a working directory: `metrics.jsonl`, `eval_base.jso
 import html
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -148,6 +149,11 @@ def _summary(base: Sequence[Mapping], student: Sequence[Mapping], records: Seque
         lines.append(f"{len(base) - len(scored)} tasks could not be scored in one of the two and are left out.")
     if records:
         lines.append(f"Training: {records[-1]['step']} steps.")
+    recorded = [record for record in records if record.get("seconds/record") is not None]
+    if recorded:
+        steady = [record for record in recorded if not record.get("compiles")] or recorded
+        spent, steps = (math.fsum(record[name] for record in steady) for name in ("seconds/record", "seconds/step"))
+        lines.append(f"Storing their rollouts took {spent / steps:.2%} of {len(steady)} steps' time (seconds/record).")
     return "  \n".join(lines)
 
 

@@ -92,8 +92,8 @@ def propose(config: TrainConfig | None, path: Path, request: Request) -> list[Pr
     `CheckpointError` for a run without a checkpoint, `DirectoryError` for a directory or instruction that gives
     nothing to do, and what `Run`, `load_exported` and `Sandbox` raise.
     """
-    with Sandbox() as sandbox:
-        # Tests first: that they cannot run is known in seconds, and the model takes longer to load.
+    places_to_show(request)  # that there are none, or no tests, is known at once; the model takes long to load
+    with Sandbox(request.sandbox()) as sandbox:
         bench = TestBench(sandbox, request.files, request.runner) if request.runner else None
         traces = _of_export(path, request) if config is None else _of_run(config, path, request)
         return judge(traces, request.files, sandbox, bench)
@@ -107,6 +107,8 @@ def _of_export(path: Path, request: Request) -> _Drawn:
 def _of_run(config: TrainConfig, workdir: Path, request: Request) -> _Drawn:
     if jax.device_count() > 1:
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a few prompts do not split over devices
+    if config.sandbox.server:  # what scored its training; nothing is scored here
+        config = dataclasses.replace(config, sandbox=dataclasses.replace(config.sandbox, server=""))
     with Run(config, workdir, read_only=True) as run:
         if run.resume() is None:
             raise CheckpointError(f"{workdir}: no checkpoint to rewrite with; train first")

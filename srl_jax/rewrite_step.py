@@ -27,21 +27,29 @@ def take_step(root: Path, request: Request, propose: Callable[[Request], Sequenc
     0: there is a usable proposal, and where it was to be applied it is. 1: there is none, or it was declined. Raises
     `DirectoryError`, before anything is proposed, for a directory that cannot be read or must not be written.
     """
+    files, state = worktree.read_directory(root), worktree.load_state(root)
     if writing.apply and not writing.force:
         worktree.check_writable(root)
     if writing.apply and not writing.yes and (writing.json or not sys.stdin.isatty()):
         raise worktree.DirectoryError("--apply asks on a terminal; add --yes to apply without being asked")
-    files, state = worktree.read_directory(root), worktree.load_state(root)
     proposals = propose(dataclasses.replace(request, files=files, state=state))
     usable = bool(proposals) and proposals[0].usable
     if not writing.json:
         rewrite_view.show(Console(), proposals)
     applied = None
-    if usable and writing.apply and (writing.yes or input("Apply this? [y/N] ").strip().lower() in ("y", "yes")):
+    if usable and writing.apply and (writing.yes or _agreed()):
         applied = worktree.write_edits(root, files, {**files, **proposals[0].result.files_after})
         worktree.save_state(root, proposals[0].trace.state)
     if writing.json:
         print(rewrite_view.as_json(proposals, applied))
     else:
-        print(f"written: {', '.join(applied or ['nothing'])}")
+        nothing = "nothing" if writing.apply or not usable else "nothing (--apply writes the first)"
+        print(f"written: {', '.join(applied or [nothing])}")
     return 0 if usable and (applied or not writing.apply) else 1
+
+
+def _agreed() -> bool:
+    try:
+        return input("Apply this? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # the terminal was closed, or Ctrl-D
+        return False

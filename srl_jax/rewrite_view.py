@@ -33,9 +33,10 @@ def show(console: Console, proposals: Sequence[Proposal]) -> None:
             Text(_short(action.pattern)),
             Text(_short(action.replacement)),
         )
-    console.print(table)
     if not proposals:
+        console.print("No answer was a trace, so there is nothing to execute.")
         return
+    console.print(table)
     best = proposals[0]
     console.print(Text(printable(best.trace.think)), style="italic")
     console.print(Text(printable(render_action(best.trace.action))))

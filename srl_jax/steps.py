@@ -51,6 +51,21 @@ def step_settings(config: TrainConfig) -> StepSettings:
     )
 
 
+class _Timed(Iterator[Any]):
+    """What another iterator yields, and the seconds that were waited for it."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self.seconds = 0.0
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
 def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWriter | None) -> Step:
     """Replaces `run.state` and `run.control` by their successors; `records` are what the method reads.
 
@@ -58,6 +73,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
     """
     config, student, settings = run.config, run.student, step_settings(run.config)
     began = time.perf_counter()
+    records = _Timed(records)
     coefficient = control.kl_coef(run.control, step, config)
     rollout: Rollout | None = None
     work = flops.Work()
@@ -106,6 +122,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
     metrics |= {
         "kl_coef": coefficient,
         "learning_rate": float(run.rates(step * config.updates_per_step)),
+        "seconds/data_wait": records.seconds,
         "seconds/update": now - updating,
         "seconds/step": now - began,
     }

@@ -48,13 +48,15 @@ def read_directory(root: Path) -> dict[str, str]:
 def check_writable(root: Path) -> None:
     """Raises `DirectoryError` unless `git checkout` could undo whatever is written: a git tree with nothing
     uncommitted below `root`."""
-    status = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", ".")
-    if status is None:
+    done = _run_git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", ".")
+    if done is None or done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().partition("\n")[0] if done else "there is no git here"
         raise DirectoryError(
-            f"{root}: not in a git tree, so an edit could not be undone; commit it first or use --force"
+            f"{root}: not in a git tree that could undo an edit ({said.removeprefix('fatal: ')}); commit it first or "
+            "use --force"
         )
-    if status:
-        first = status.split("\0")[0][3:]
+    if done.stdout:
+        first = done.stdout.decode("utf-8", "surrogateescape").split("\0")[0][3:]
         raise DirectoryError(f"{root}: has uncommitted changes ({first}); commit or stash them, or use --force")
 
 
@@ -127,15 +129,19 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     """Output of git in `root`; None where there is no git, or no tree of it."""
+    done = _run_git(root, *arguments)
+    return done.stdout.decode("utf-8", "surrogateescape") if done and done.returncode == 0 else None
+
+
+def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | None:
     # Variables of a surrounding git (a hook's GIT_DIR) would point elsewhere; a file watcher of the tree's own
     # configuration would be a program that runs merely because somebody looked.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        return subprocess.run(command, capture_output=True, env=environment, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 @contextlib.contextmanager

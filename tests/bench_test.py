@@ -1,18 +1,26 @@
 """The benchmark: turns never overlap, failures keep their row, rounds survive, and its arithmetic is right by hand."""
 
+import dataclasses
 import itertools
 import json
+import pickle
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 from srl_jax import grammar
-from srl_jax.bench import floor, masking, parts, tables, weights, workload
+from srl_jax.bench import floor, masking, parts, scoring, tables, weights, worker, workload
 from srl_jax.bench.race import SYSTEMS, race
 from srl_jax.bench.workload import WORKLOADS
-from srl_jax.config import ConfigError
+from srl_jax.config import ConfigError, TrainConfig
 from srl_jax.model.families import ModelConfig
+from srl_jax.sandbox.service import ScoreRequest
+from srl_jax.steps import Step
+from srl_jax.trace import parse_trace, render_trace
+from tests import sandbox_soak
+from tests.fakes import HashEmbedder, tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TINY = WORKLOADS["tiny"]
@@ -166,10 +174,15 @@ def test_what_a_variant_changes_changes_no_token(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parts": ["speed"]}, r"parts = 'speed': must be among ablation, grammar, tags, workloads"),
+        ({"parts": ["speed"]}, r"parts = 'speed': must be among ablation, grammar, reward, tags, workloads"),
         ({"workloads": ["w9"]}, r"workload = 'w9': must be among gpu05b"),
         ({"compare": ["verl"]}, r"compare = 'verl': must be among hf, trl, tunix"),
         ({"compare": ["ours"]}, r"compare = 'ours'"),
+        ({"parts": ["reward"]}, r"config = None: --parts=reward takes steps: give --config=configs/smollm2_cpu.py"),
+        (
+            {"parts": ["reward"], "config": TrainConfig(method="sft")},
+            r"method = 'sft': --parts=reward takes steps of method 'srl'",
+        ),
     ],
 )
 def test_names_are_checked_first(tmp_path, changes, message):
@@ -195,3 +208,87 @@ def test_the_page_shows_every_section(out, monkeypatch):
     assert faster["rollout"]["median"] > 2 and faster["update"]["median"] > 2
     found = parts.page([{"section": "figures", "title": "some figures", "figures": [{"a": 1, "b": 0.12345}]}])
     assert found == "### Some figures\n\n| a | b |\n| --- | --- |\n| 1 | 0.1235 |\n" or "0.1234" in found
+
+
+def fails(value):
+    raise ConfigError("a", value, "must be 2")
+
+
+def test_what_a_part_raises_comes_back_from_its_process(capsys):
+    with pytest.raises(worker.PartFailed, match=r"^ConfigError: config.a = 1: must be 2$") as caught:
+        worker.carried(fails, 1)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert "in fails" in capsys.readouterr().err
+
+
+def runnable_record(number):
+    """A task with a unittest, its own for each number, and its teacher's own thought."""
+    record = sandbox_soak.record(2 * number)
+    trace = dataclasses.replace(parse_trace(record.trace), think=f"{number}: the old call is gone")
+    return dataclasses.replace(record, trace=render_trace(trace))
+
+
+class Counting(HashEmbedder):
+    """Counts the thoughts it is given."""
+
+    given = 0
+
+    def embed(self, texts):
+        Counting.given += len(texts)
+        return super().embed(texts)
+
+
+class StepOnly:
+    """Stands for `Run` and its steps, whose real ones `steps_test` has: four completions to score, and its times."""
+
+    def __init__(self, config, folder):
+        self.config, self.rewards = config, mock.Mock()
+        self.student = mock.Mock(tokenizer=mock.Mock(encode_text=str.split))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def step(self, stream, number, recorder):
+        trace = parse_trace((record := next(stream)).trace)
+        odd = dataclasses.replace(trace, action=dataclasses.replace(trace.action, pattern="gone($X)"))
+        own = [dataclasses.replace(odd, think=f"step {number}, thought {i}") for i in range(3)]
+        self.rewards.submit(
+            [*(ScoreRequest(render_trace(one), record) for one in own), ScoreRequest("malformed", record)]
+        )
+        seconds = {"rollout": 2.0, "reference": 1.0, "reward_wait": 0.25, "update": 3.0, "step": 6.5 + number}
+        return Step({f"seconds/{name}": value for name, value in seconds.items()}, {})
+
+
+def test_rewards_are_timed_together_with_a_step_and_apart_on_what_nobody_has_seen(monkeypatch):
+    config = tiny_config()
+    config.data.prompts_per_step, config.grpo.group_size, config.grpo.micro_batch = 2, 2, 2
+    records = [runnable_record(number) for number in range(4)]
+    answers = scoring.right_answers(records, 6)
+    assert [answer.record for answer in answers] == [*records, *records[:2]]
+    for answer, follower in zip(answers, [*answers[1:4], answers[0]], strict=False):
+        ours, teachers = parse_trace(answer.completion), parse_trace(answer.record.trace)
+        assert (ours.action, ours.state) == (teachers.action, teachers.state)
+        assert ours.think == parse_trace(follower.record.trace).think != teachers.think
+    made = []
+    load = lambda cache_size=1: made.append(cache_size) or Counting()
+    monkeypatch.setattr(scoring, "load_embedder", load)
+    monkeypatch.setattr(scoring, "Run", StepOnly)
+    monkeypatch.setattr(scoring, "take_step", StepOnly.step)
+    [steps], (sampled, right) = scoring.measure(config, records, 1)
+    assert made == [0, 1], "one embedder keeps nothing"
+    # Three thoughts of the students and four of the right answers, in two rounds, each four times: to know it, alone,
+    # its executions alone, and both.
+    assert Counting.given == (3 + 4) * 2 * 4
+    assert steps["prompts"] == 2 and steps["completions of each"] == 2
+    assert steps["reward wait s"]["median"] == 0.25 and steps["step s"]["greatest"] == 7.5, "without the first step"
+    assert (right["scored"], right["executed"], right["tested"]) == (4, 4, 4)
+    # The three sampled actions are one, which matches nothing: it is executed once, and no test has to run.
+    assert (sampled["scored"], sampled["executed"], sampled["tested"]) == (4, 1, 0)
+    for row in (sampled, right):
+        assert row["ms an execution"]["least"] > 1 and 0 < row["likeness ms each"]["median"] < 1000
+        share = row["ms an execution"]["median"] * row["executed"] / 7500 * 100
+        assert row["executions, % of a step"]["median"] == pytest.approx(share)
+    assert "| right answers | 4 | 4 | 4 | " in tables.figures_table([sampled, right])

@@ -10,6 +10,7 @@ from collections import Counter
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -31,13 +32,15 @@ from srl_jax.run import Run
 from srl_jax.sandbox import Sandbox, SandboxConfig, SandboxCrash
 from srl_jax.sandbox.service import RewardService
 from srl_jax.steps import step_settings, take_step
+from srl_jax.student import Student
 from srl_jax.trace import StateUpdate, parse_trace, render_trace
-from srl_jax.train_step import train_step
+from srl_jax.train_step import TrainState, current_scores, make_optimizer, train_step
 from tests.data_load_episodes_test import generated_episodes, record, write_data
 from tests.episodes_test import an_episode, state, trace
-from tests.fakes import HashEmbedder, tiny_config
+from tests.fakes import HashEmbedder, perturbed, tiny_config
 from tests.rollout_test import MALFORMED, UNSCORED, Scripted
 from tests.train_test import saved, trajectory
+from tests.updates_test import rows as flat
 
 P, G, S, WIDTH = 2, 2, 3, 384
 
@@ -222,6 +225,120 @@ def test_a_step_has_the_credit_of_what_follows(student, lora, sandbox, settings,
         assert metrics["kept_groups"] == 0.8, "tied returns teach nothing"
 
 
+KL_COEF, DISCOUNT, HORIZON, CAP = 0.3, 0.5, 2, 1.02
+
+
+@pytest.fixture(scope="module")
+def walked(student, lora, sandbox):
+    """Ways through both episodes, gone by a sampler that has forgotten the adapters, so that it is not the trainer."""
+    kept = []
+    real = chains.walk
+    forgetful = mock.patch.object(Student, "sampling_variables", lambda self, lora: {"params": self.params})
+    with forgetful, mock.patch.object(chains, "walk", lambda *given: kept.append(real(*given)) or kept[0]):
+        collect(student, lora, Given(*REWARDS), sandbox)
+    return kept[0]
+
+
+@pytest.fixture(scope="module")
+def moved(lora):
+    """Another policy than the one at the start of the update, so that ratios show."""
+    return perturbed(lora, scale=0.3, seed=4)
+
+
+def returns_by_hand(kind):
+    """Returns and the steps that are trained on, [S, G, P]: P is the long episode and the short one of two steps."""
+    given = iter(REWARDS)
+    rewards = np.array([[[next(given) if s < (3, 2)[p] else np.nan for p in range(P)] for _ in range(G)]
+                        for s in range(S)])  # fmt: skip
+    returns = np.zeros_like(rewards)
+    for s in range(S):
+        for k in range(HORIZON if kind == "n" else S):
+            if s + k < S:
+                returns[s] += DISCOUNT**k * np.nan_to_num(rewards[s + k])
+    differ = np.abs(returns[:, :1] - returns[:, 1:]) > 1e-6  # of two members; tied ones teach nothing
+    return returns, ~np.isnan(rewards) & differ
+
+
+def scores(student, adapters, batch):
+    """Log-probs of a policy, the reference's, and the exact KL, [rows, T], 0 where nothing is trained."""
+    bare = batch._replace(token_weights=None, ref_logprobs=None)
+    settings = step_settings(config_of())
+    found = current_scores(student.decoder, student.params, adapters, student.automaton, bare, settings=settings)
+    names = {"logprobs": found.logprobs, "ref": found.ref_logprobs, "kl": found.kl}
+    return {name: np.where(flat(batch.completion_mask), flat(values), 0.0) for name, values in names.items()}
+
+
+def divergence(kind, scores, d, ratio=1.0):
+    estimates = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
+    return scores["kl"] if kind == "exact" else ratio * estimates[kind]
+
+
+@pytest.mark.parametrize(
+    ("returns", "kind", "placement", "cap"),
+    [
+        ("episode", "exact", "reward", 0.0),
+        ("n", "exact", "reward", CAP),
+        ("episode", "k2", "reward", CAP),
+        ("n", "k3", "loss", CAP),
+        ("episode", "exact", "loss", 0.0),
+    ],
+)
+def test_the_loss_of_episodes_by_hand(student, lora, moved, walked, monkeypatch, returns, kind, placement, cap):
+    """Returns, advantages, weights and the loss again in plain numpy, from the arrays that the model gives."""
+    config = config_of(
+        returns=returns, discount=DISCOUNT, horizon=HORIZON, kl_coef=KL_COEF, kl_estimator=kind, kl_placement=placement,
+        importance_cap=cap,
+    )  # fmt: skip
+    monkeypatch.setattr(chains, "walk", lambda *given: walked)
+    batch = collect(student, lora, None, None, config).batch
+    expected, live = returns_by_hand(returns)
+    mask, each = flat(batch.completion_mask), lambda x: np.asarray(x).reshape(S, G, P)
+    np.testing.assert_array_equal(each(mask.any(-1)), live)
+
+    at_start = scores(student, lora, batch)
+    sampler = at_start["ref"]  # the base sampled
+    old = at_start["logprobs"] if cap else sampler
+    weights = np.minimum(np.exp(at_start["logprobs"] - sampler), cap) if cap else np.ones_like(sampler)
+    advantages = expected - expected.mean(axis=1, keepdims=True)
+    if placement == "reward":
+        values = divergence(kind, at_start, old - at_start["ref"])
+        k = each((values * mask).sum(-1) / np.maximum(mask.sum(-1), 1))
+        advantages = advantages - KL_COEF * (k - k.mean(axis=1, keepdims=True))
+        assert np.ptp(k) > 1e-3
+    advantages = np.where(live, advantages, 0.0)
+    np.testing.assert_allclose(each(batch.advantages), advantages, atol=2e-5)
+    np.testing.assert_allclose(flat(batch.old_logprobs)[mask], old[mask], atol=2e-5)
+    if cap:
+        np.testing.assert_allclose(flat(batch.token_weights)[mask], weights[mask], atol=2e-5)
+        assert (weights[mask] == cap).any() and (weights[mask] < cap).any(), "some weights are cut and some are not"
+    assert (batch.token_weights is None) == (not cap)
+    if placement == "reward":  # whose loss is the usual surrogate of these
+        return
+
+    now = scores(student, moved, batch)
+    ratio, gain = np.exp(now["logprobs"] - old), advantages.reshape(-1, 1)
+    surrogate = np.minimum(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain) * weights
+    # As elsewhere the weights are the surrogate's alone.
+    kl = divergence(kind, now, now["logprobs"] - at_start["ref"], ratio)
+    optimizer, _ = make_optimizer(1e-2, steps=10, schedule="constant")
+    placed = student.place_lora(jax.tree.map(np.asarray, moved))
+    state = TrainState(jnp.int32(0), placed, optimizer.init(placed), jax.random.key_data(jax.random.key(0)))
+    _, metrics = train_step(
+        state, student.params, student.automaton, batch, jnp.float32(KL_COEF),
+        decoder=student.decoder, optimizer=optimizer, settings=step_settings(config),
+    )  # fmt: skip
+    assert float(metrics["kl_loss"]) == pytest.approx(kl[mask].mean(), abs=5e-5) and kl[mask].mean() > 1e-3
+    assert float(metrics["loss"]) == pytest.approx((KL_COEF * kl - surrogate)[mask].mean(), abs=5e-5)
+    assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+
+
+@pytest.mark.parametrize("cap", [0.5, 0.99])
+def test_a_cap_under_every_weight_is_refused(cap):
+    with pytest.raises(ConfigError, match=r"config.grpo.importance_cap = .*: must be 0 \(off\) or at least 1"):
+        config_of(importance_cap=cap)
+    config_of(importance_cap=1.0)
+
+
 def test_what_is_not_known_of_a_return_is_not_trained_on(student, lora, sandbox):
     # The second way's second step of the long episode has no reward: its first step reaches it, its third does not.
     rewards = [*REWARDS[:6], UNSCORED, *REWARDS[7:]]
@@ -394,7 +511,7 @@ def test_it_goes_on_bit_for_bit_and_empty_rows_do_not_matter(trained, resumed):
         )  # fmt: skip
         state = jax.tree.map(lambda x: x.copy(), run.state)
         after, metrics = train_step(
-            state, student.params, student.automaton, changed, jax.numpy.float32(0.0),
+            state, student.params, student.automaton, changed, jnp.float32(0.0),
             decoder=student.decoder, optimizer=run.optimizer, settings=settings,
         )  # fmt: skip
         told.append((after.lora, float(metrics["loss"]), float(metrics["grad_norm"])))

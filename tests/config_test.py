@@ -62,6 +62,7 @@ def test_defaults_are_valid_and_carry_the_notes_numbers():
         ("grpo.mini_batches", 3, "must divide data.prompts_per_step = 8"),
         ("grpo.mini_batches", 2, r"must divide data.prompts_per_step / grpo.mini_batches = 4: one of \[1, 2, 4\]"),
         ("grpo.negative_ratio_cap", 1.1, r"must be 0 or above 1 \+ 0.2"),
+        ("grpo.importance_cap", 0.5, r"must be 0 \(off\) or at least 1"),
         ("control.patience", 2, "eval.every = 0: must be above 0"),
         ("control.kl_factor", 1.0, "above 1"),
         ("grpo.kl_coef", -0.1, "at least 0"),

@@ -63,8 +63,12 @@ def test_answers_are_executed_and_the_usable_one_stands_first(teacher_file):
 
 
 def test_silence_is_an_error_and_one_answer_is_enough(teacher_file):
-    with serve(lambda exchange: exchange.status(500)) as (url, _), pytest.raises(DataError, match="no answer to 2"):
-        propose(teacher_file(url), Request("Call `add_all`.", FILES, candidates=2))
+    with serve(lambda exchange: exchange.status(500)) as (url, requests):
+        with pytest.raises(DataError, match=rf"no answer from {url} \(http_500\); see that its server runs, or mend"):
+            propose(teacher_file(url), Request("Call `add_all`.", FILES, candidates=8))
+        assert len(requests) == 2, "who waits is told soon"
+    with pytest.raises(DataError, match=r"no answer from http://127.0.0.1:9/v1 \(connection\)"):
+        propose(teacher_file("http://127.0.0.1:9/v1"), Request("Call `add_all`.", FILES))
     turn = iter([lambda exchange: exchange.status(500), lambda exchange: exchange.stream(RIGHT)])
     with serve(lambda exchange: next(turn)(exchange)) as (url, _):
         assert len(propose(teacher_file(url), Request("Call `add_all`.", FILES, candidates=2))) == 1

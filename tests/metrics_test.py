@@ -139,7 +139,7 @@ def test_plain_lines_without_control_codes(tmp_path):
 def test_live_view_on_a_terminal(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     with MetricWriter(tmp_path, 10, resumed_step=4, console=console) as writer:
-        writer.write(5, STEP)
+        writer.write(5, STEP | {"seconds/data_wait": 0.375, "seconds/queue_mean": None, "seconds/queue_max": None})
         writer.note("checkpoint 5 saved")
         with writer.progress("evaluating", 2) as advance:
             advance(1)
@@ -147,6 +147,7 @@ def test_live_view_on_a_terminal(tmp_path):
     assert "5/10" in output
     assert "reward" in output and "0.500" in output and "0.0125" in output
     assert "entropy" not in output, "what is not measured has no row"
+    assert "s queued: data, slot, longest" in output and "0.38  -  -" in output
     assert "checkpoint 5 saved" in output
 
 

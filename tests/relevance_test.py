@@ -27,6 +27,15 @@ def test_code_like_words_need_no_marks():
     assert found("get_row became load_row")[0] == ("app/db.py", 5)
 
 
+def test_names_of_the_code_are_found_in_any_language():
+    assert found("把get_row改成load_row。")[0] == ("app/db.py", 5)
+    assert found("修改web/main.js中的getRow", limit=1) == [("web/main.js", 1)]
+    assert found("Замени get_row на load_row")[0] == ("app/db.py", 5)
+    assert found("把它改成另一个") == []
+    accents = {"a.py": "größe = 1\n", "b.py": "gr = 2\n"}
+    assert relevant_places("Benenne größe um", accents)[0].path == "a.py"
+
+
 def test_rare_words_outweigh_common_ones():
     assert found("import os and print")[0] == ("app/log.py", 3)
 

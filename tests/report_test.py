@@ -71,6 +71,19 @@ def test_numbers_of_the_comparison(workdir):
     assert "Training: 20 steps." in text
 
 
+def test_what_recording_cost_is_told_without_the_steps_that_compiled(workdir):
+    assert "Storing" not in write_report(workdir).read_text(), "nothing was recorded"
+    spent = [(0.9, 10.0, 30), (0.01, 2.0, 0), (0.03, 6.0, 0)]
+    lines = [
+        {"step": step, "seconds/record": record, "seconds/step": whole, "compiles": compiles}
+        for step, (record, whole, compiles) in enumerate(spent, start=1)
+    ]
+    (workdir / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Storing their rollouts took 0.50% of 2 steps' time" in write_report(workdir).read_text()
+    (workdir / METRICS_FILE).write_text(json.dumps(lines[0]) + "\n")
+    assert "Storing their rollouts took 9.00% of 1 steps' time" in write_report(workdir).read_text()
+
+
 def test_every_slice_has_its_own_table(workdir):
     text = write_report(workdir).read_text()
     javascript = text.split("### <code>javascript</code>, 5 tasks")[1].split("### <code>python</code>, 5 tasks")[0]

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 from rich.console import Console
 
 from srl_jax import rewrite, rewrite_view
-from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.config import ConfigError, NotARun, TrainConfig, read_config
 from srl_jax.evaluation import write_json
 from srl_jax.exported import load_exported
 from srl_jax.model.export import export_adapter, export_merged
@@ -22,6 +23,7 @@ from srl_jax.model.hf import BadWeights
 from srl_jax.proposals import Request, TestBench, judge
 from srl_jax.relevance import Place
 from srl_jax.rewrite import draw_traces, prompt_tasks
+from srl_jax.rewrite_step import Writing, take_step
 from srl_jax.run import Run
 from srl_jax.sandbox import Sandbox, Status
 from srl_jax.trace import Action, StateUpdate, Trace, render_action
@@ -92,6 +94,17 @@ class TestPrompt:
         with pytest.raises(DirectoryError, match="shorten the instruction"):
             prompt_tasks(student, tiny_config(), Request("add_all " * 300, FILES))
 
+    @pytest.mark.parametrize(
+        ("files", "languages", "message"),
+        [
+            ({}, (), "none of the directory's 0 files is python or"),
+            (FILES, ("java",), "none of the directory's 4 files is java; files that git ignores"),
+        ],
+    )
+    def test_a_directory_without_code_is_said_to_be_one(self, student, files, languages, message):
+        with pytest.raises(DirectoryError, match=message):
+            prompt_tasks(student, tiny_config(), Request("Call `add_all`.", files, languages=languages))
+
     def test_a_line_that_no_excerpt_holds_is_passed_over(self, student):
         files = {"a.py": "x = '" + "y" * 500 + "'\n", "b.py": "x = 1\n"}
         assert [path for path, _ in prompt_text(student, Request("`x`", files, places=2))] == ["b.py"]
@@ -153,11 +166,58 @@ class TestJudging:
         with pytest.raises(DirectoryError, match=message):
             TestBench(sandbox, files, "unittest")
 
+    def test_tests_that_need_longer_are_refused_before_any_edit(self):
+        methods = "    def test_a(self):\n        pass\n\n    def test_b(self):\n        time.sleep(60)\n"
+        slow = {"test_a.py": f"import time\nimport unittest\n\n\nclass T(unittest.TestCase):\n{methods}"}
+        told = r"do not come to their end even before the edit \(.*after 1 that pass\); raise --test_seconds"
+        with Sandbox(Request("", slow, test_seconds=4.0).sandbox()) as quick, pytest.raises(DirectoryError, match=told):
+            TestBench(quick, slow, "unittest")
+
     def test_an_action_that_reaches_too_many_files_is_not_run(self, sandbox):
         many = {f"app/f{n}.py": "x = 1\n" for n in range(600)}
         assert judge([(SHOWN, trace(), -0.1)], many, sandbox, None)[0].result.status is Status.TOO_MANY
         narrow = trace(files=("app/f1.py",))
         assert judge([(SHOWN, narrow, -0.1)], many, sandbox, None)[0].result.status is Status.NO_MATCH
+
+
+def test_no_proposals_are_told_in_words():
+    output = io.StringIO()
+    rewrite_view.show(Console(file=output, width=200), [])
+    assert output.getvalue() == "No answer was a trace, so there is nothing to execute.\n"
+
+
+def step(root, monkeypatch, answer=None, **writing):
+    """Exit code of a step with the right proposal, asked on a terminal that gives `answer`, None: that was closed."""
+
+    def propose(request):
+        with Sandbox() as sandbox:
+            return judge([(SHOWN, trace(), -0.5)], request.files, sandbox, None)
+
+    def asked(prompt):
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(sys, "stdin", mock.Mock(isatty=lambda: True))
+    return take_step(root, Request("Call `sum`.", {}), propose, Writing(**writing))
+
+
+def test_what_is_asked_before_writing(tree, monkeypatch, capsys):
+    before = (tree / "app/shop.py").read_text()
+    assert step(tree, monkeypatch) == 0 and "written: nothing (--apply writes the first)" in capsys.readouterr().out
+    for answer in (None, "", "n"):
+        assert step(tree, monkeypatch, answer, apply=True) == 1
+        assert capsys.readouterr().out.endswith("written: nothing\n")
+    assert (tree / "app/shop.py").read_text() == before
+    assert step(tree, monkeypatch, "Y", apply=True) == 0 and (tree / "app/shop.py").read_text() != before
+
+
+def test_a_directory_that_is_none_is_said_so_whatever_is_to_be_done(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "gone", tmp_path / "file"):
+        with pytest.raises(DirectoryError, match="not a directory"):
+            step(path, monkeypatch, apply=True)
 
 
 def test_text_of_a_model_cannot_steer_the_terminal(sandbox):
@@ -188,10 +248,18 @@ def workdir(tmp_path_factory):
 def test_a_checkpoints_proposals_are_executed(workdir):
     assert jax.device_count() > 1  # as on a training machine; one device is enough here
     request = Request("Rename `total` to `sum_up`.", FILES, places=2, candidates=3, runner="unittest")
-    proposals = rewrite.propose(tiny_config(), workdir, request)
+    config = tiny_config()
+    config.sandbox.server = "http://127.0.0.1:9"  # which scored its training, and is gone
+    proposals = rewrite.propose(config, workdir, request)
     assert 2 <= len(proposals) <= 6
     assert {proposal.shown.path for proposal in proposals} == {"app/shop.py", "tests/test_shop.py"}
     assert not any(proposal.usable for proposal in proposals)  # its weights are random
+
+
+def test_that_there_is_nothing_to_do_is_said_before_a_model_is_loaded(tmp_path):
+    for config in (tiny_config(), None):
+        with pytest.raises(DirectoryError, match="no file holds a word"):
+            rewrite.propose(config, tmp_path / "nothing", Request("Delete `zebra`.", FILES))
 
 
 # What the command does once there are proposals, with the model's part replaced by two written ones.
@@ -327,6 +395,13 @@ class TestExported:
     def test_a_directory_that_is_no_model_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match=r"holds neither config\.json nor adapter_config\.json"):
             load_exported(tmp_path)
+
+    def test_a_run_and_an_export_are_not_taken_for_each_other(self, exported, workdir):
+        folder, _, _ = exported
+        with pytest.raises(ConfigError, match="is a run: give it as --workdir"):
+            load_exported(workdir)
+        with pytest.raises(NotARun, match=r"merged/config\.json is not that of a run"):
+            read_config(folder / "merged")
 
 
 def test_a_workdir_that_is_no_run(tmp_path, tree):

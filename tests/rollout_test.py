@@ -1,5 +1,6 @@
 """From records to a batch, with scripted rewards: what is trained on, what is masked out, and what is counted."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from tests.fakes import CountingStream, HashEmbedder, teacher_record, tiny_confi
 SPREAD = (0.9, 0.5, 0.1, 0.5)
 TIED = (0.4, 0.4, 0.4, 0.4)
 MALFORMED = Score(Reward(-0.2, None, None, None, None, Rejection.BAD_JSON))
+RIGHT = Score(Reward(0.9, 0.9, 0.5, 0.25, 0.1))
 UNSCORED = Score(None, None, "infrastructure: killed")
 P = G = 4
 
@@ -73,6 +75,7 @@ def test_groups_of_equal_rewards_get_an_empty_mask_and_shapes_stay(student, lora
     np.testing.assert_array_equal(batch.prompt_tokens[0], drawn.arrays["prompt_tokens"][2])
     np.testing.assert_array_equal(batch.completions[0], drawn.arrays["tokens"][2])
     assert metrics["kept_groups"] == 0.25 and metrics["groups_drawn"] == 4 and service.count == 4
+    assert metrics["seconds/queue_mean"] is None and metrics["seconds/queue_max"] is None, "nothing was executed"
 
 
 def test_uninformative_groups_are_replaced_while_the_budget_lasts(student, lora):
@@ -101,6 +104,13 @@ def test_the_unscored_take_no_part(student, lora):
     assert not np.asarray(batch.completion_mask)[3].any(), "the group without a score is last and dead"
     assert metrics["unscored"] == 4 + 3 and metrics["parse_rate"] == 1.0
     assert metrics["reward/total"] == pytest.approx(0.4)
+
+
+def test_how_long_executions_stood_in_the_queue_is_told(student, lora):
+    waits = {0: (0.5, 0.25, None, 1.5)}
+    score = lambda number, i: dataclasses.replace(RIGHT, queued_s=waits.get(number, (None,) * G)[i])
+    told = collect(student, lora, Scripted(lambda number: tuple(score(number, i) for i in range(G))))[1]
+    assert told["seconds/queue_mean"] == pytest.approx(0.75) and told["seconds/queue_max"] == 1.5
 
 
 class FailingSandbox:

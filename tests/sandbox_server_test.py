@@ -27,7 +27,7 @@ from srl_jax.run import Run
 from srl_jax.sandbox import EngineResult, EnvReport, SandboxConfig, SandboxCrash, Status
 from srl_jax.sandbox.client import ClientConfig, RemoteRewardService
 from srl_jax.sandbox.server import ServerLimits, make_app, make_server
-from srl_jax.sandbox.service import RewardService, ScoreRequest, ServiceConfig
+from srl_jax.sandbox.service import RewardService, Score, ScoreRequest, ServiceConfig
 from srl_jax.sandbox.wire import (
     SERVER_TOKEN,
     Contract,
@@ -36,6 +36,7 @@ from srl_jax.sandbox.wire import (
     decode_runners,
     decode_scores,
     encode_request,
+    encode_scores,
 )
 from srl_jax.tokenizer import load_tokenizer
 from srl_jax.trace import parse_trace, render_trace
@@ -128,6 +129,10 @@ class TestWire:
         assert request.items == asked
         assert request.execute
         assert CONTRACT.difference(request.contract) is None
+
+    def test_how_long_an_execution_waited_comes_back_too(self):
+        sent = [Score(None, None, "lost", queued_s=waited) for waited in (0.25, None)]
+        assert [score.queued_s for score in decode_scores(encode_scores(sent), 2)] == [0.25, None]
 
     def test_a_group_names_its_record_once(self):
         record = teacher_record(0)

@@ -269,6 +269,19 @@ class TestInfrastructure:
         assert 1 <= sum(score.reward is not None for score in scores) <= 3
         assert slow.calls <= 4  # what was still queued at the deadline is not run any more
 
+    def test_how_long_each_execution_waited_for_a_slot_is_told(self, record):
+        sandbox = FakeSandbox(lambda call: time.sleep(0.3) or report(), slots=1)
+        actions = [dataclasses.replace(ACTION, replacement=f"new{i}($X)") for i in range(3)]
+        items = [ScoreRequest(text, record) for text in [*(completion(action=a) for a in actions), "malformed"]]
+        with service(sandbox, self.WITH_EXECUTION) as rewards:
+            waited = [score.queued_s for score in rewards.score(items)]
+            again = [score.queued_s for score in rewards.score(items)]
+        assert waited[0] >= 0 and waited[1] > waited[0] + 0.2 and waited[2] > waited[1] + 0.2 and waited[3] is None
+        assert again == [None] * 4, "nothing was begun for these"
+        with service(sandbox, self.WITH_EXECUTION, deadline_s=0.2) as rewards:
+            _, late = rewards.score(items[:2])
+        assert late.unscored.startswith("deadline") and late.queued_s > 0.1, "until it was given up"
+
     def test_the_verdict_counts(self, record):
         config = RewardConfig(execution=0.2, action_weight=0.4, state_weight=0.2)
         for success, total in ((True, 1.0), (False, 0.8)):

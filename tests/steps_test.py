@@ -1,7 +1,10 @@
 """The loop around a step: several updates, broken batches, the best state, early ends, and a run repeated."""
 
 import json
+import re
 import shutil
+import time
+from importlib import resources
 
 import jax
 import numpy as np
@@ -11,7 +14,7 @@ from srl_jax import steps, train
 from srl_jax.config import ConfigError, NotARun
 from srl_jax.control import ControlState, Diverged
 from srl_jax.environment import check_same
-from srl_jax.metrics import HISTOGRAMS_FILE, read_metrics
+from srl_jax.metrics import _ROWS, HISTOGRAMS_FILE, read_metrics
 from srl_jax.reproduce import recorded_environment, verdict
 from srl_jax.run import Run
 from srl_jax.steps import take_step
@@ -45,13 +48,18 @@ def test_a_run_shows_what_it_does(whole):
     _, workdir = whole
     metrics = read_metrics(workdir)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    for name in ("kl_coef", "model_tflops", "compiles", "seconds/checkpoint", "seconds/record", "clip_low", "entropy"):
+    timed = ("seconds/checkpoint", "seconds/record", "seconds/data_wait")
+    for name in ("kl_coef", "model_tflops", "compiles", *timed, "clip_low", "entropy"):
         assert all(m[name] is not None and np.isfinite(m[name]) for m in metrics), name
+    page = resources.files("srl_jax").joinpath("page.html").read_text(encoding="utf-8")
+    shown = {*re.findall(r'"(seconds/[a-z_]+)"', page), *(name for _, names, _ in _ROWS for name in names)}
+    assert shown <= metrics[0].keys() and len(shown) > 15, "what the page and the live view look for is measured"
     assert metrics[0]["compiles"] > 0
     assert metrics[-1]["kl_coef"] > metrics[0]["kl_coef"] == 0.05, "a KL over its target raises lambda"
     histograms = read_metrics(workdir, HISTOGRAMS_FILE)
     assert all(sum(h["reward/total"]["counts"]) == 4 for h in histograms)
     assert len(list((workdir / "replay").glob("*.arrayrecord"))) == 4
+    assert "Storing their rollouts took " in (workdir / "report.md").read_text()
     environment = recorded_environment(workdir)
     assert len(environment["base_weights"]) == len(environment["tokenizer"]) == len(environment["data"]) == 64
 
@@ -136,11 +144,20 @@ def test_a_kl_that_runs_away_ends_training_and_the_student_is_judged(tmp_path):
     assert len(read_metrics(tmp_path / "run")) == done
 
 
+class Slow(CountingStream):
+    """A loader that is not ahead of the run."""
+
+    def __next__(self):
+        time.sleep(0.05)
+        return super().__next__()
+
+
 def test_several_updates_a_rollout_go_off_policy_and_are_all_counted(tmp_path):
     config = small(grpo__epochs=2, grpo__mini_batches=2, grpo__dynamic_sampling_min_std=0.0)
     with Run(config, tmp_path / "run") as run:
         before = jax.tree.map(np.array, run.state.lora)
-        done = take_step(run, CountingStream(), 0, None)
+        done = take_step(run, Slow(), 0, None)
+        assert 0.1 <= done.metrics["seconds/data_wait"] < done.metrics["seconds/step"], "two records a step"
         assert int(run.state.step) == 4 and done.metrics["skipped"] == 0
         assert done.metrics["logprob_gap"] < 1e-4, "of the first update, which is on policy"
         assert float(run.rates(0)) > float(run.rates(8)) > 0 == float(run.rates(16)), "the schedule spans 4 * 4 updates"

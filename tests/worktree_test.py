@@ -100,7 +100,7 @@ def test_a_clean_tree_may_be_written_a_dirty_one_not(tree):
 
 
 def test_without_git_nothing_could_be_undone(plain):
-    with pytest.raises(DirectoryError, match=r"not in a git tree.*--force"):
+    with pytest.raises(DirectoryError, match=r"not in a git tree.*\(not a git repository.*--force"):
         check_writable(plain)
 
 

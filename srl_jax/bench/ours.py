@@ -26,7 +26,7 @@ _RAGGED = 64  # one token in so many ends a row of the ragged variants
 
 def make_student(workload: Workload, directory: Path, *, ragged: bool = False, drafts: int = 0) -> Student:
     tokenizer, config, params = load_model(workload, directory)
-    decoder = Decoder(config, workload.lora_rank, float(workload.lora_rank))
+    decoder = Decoder(config, workload.lora_rank, float(workload.lora_rank), remat="dots")  # as the laptop recipe
     # The thought may take all that the shortest rest leaves, so that a row lives to the end of its budget.
     settings = SamplingConfig(workload.new_tokens, workload.new_tokens - 1, drafts=drafts)
     if ragged:

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srl_jax.bench import floor, masking, tables, tags
+from srl_jax.bench import floor, masking, scoring, tables, tags, worker
 from srl_jax.bench.race import SYSTEMS, race
 from srl_jax.bench.weights import read_shape
 from srl_jax.bench.workload import WORKLOADS, Workload
-from srl_jax.config import ConfigError
+from srl_jax.config import ConfigError, TrainConfig, validate
 from srl_jax.evaluation import write_bytes
 from srl_jax.records import TeacherRecord
 
-PARTS = ("workloads", "grammar", "tags", "ablation")
+PARTS = ("workloads", "reward", "grammar", "tags", "ablation")
 # (with, without): how many times as fast the first is as the second is what one thing is worth, alone.
 ABLATIONS = {
     ("ours", "unshared"): "prompts shared in sampling (rollout) and in the update",
@@ -33,7 +33,10 @@ FEW_SHOT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What `launch/benchmark.py` was asked for. `records`: reads the dev split, when `tags` is among the parts."""
+    """What `launch/benchmark.py` was asked for.
+
+    `records`: reads the dev split, for `reward` and `tags`. `config`: the recipe whose steps `reward` takes.
+    """
 
     out: Path
     parts: Sequence[str]
@@ -42,20 +45,30 @@ class Request:
     rounds: int
     command: str
     records: Callable[[], list[TeacherRecord]]
+    config: TrainConfig | None = None
 
     def check(self) -> None:
-        """Raises `ConfigError` for a name that does not exist."""
+        """Raises `ConfigError` for a name that does not exist, and a recipe whose steps have no rewards."""
         for flag, given, known in (
             ("parts", self.parts, PARTS), ("workload", self.workloads, WORKLOADS), ("compare", self.compare, PEERS)
         ):  # fmt: skip
             for name in given:
                 if name not in known:
                     raise ConfigError(flag, name, f"must be among {', '.join(sorted(known))}")
+        if "reward" in self.parts:
+            if self.config is None:
+                raise ConfigError("config", None, "--parts=reward takes steps: give --config=configs/smollm2_cpu.py")
+            validate(self.config)
+            if self.config.method != "srl" or self.config.plays_episodes:
+                raise ConfigError(
+                    "method", self.config.method, "--parts=reward takes steps of method 'srl' with grpo.returns='step'"
+                )
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> None:
     """Measures what is missing, then writes `<out>/results.jsonl` (one object a section) and `<out>/results.md`."""
     request.check()
+    records = request.records() if {"reward", "tags"} & set(request.parts) else []  # before hours of races
     request.out.mkdir(parents=True, exist_ok=True)
     sections: list[dict[str, Any]] = [{"section": "machine", **machine(request.command)}]
     for name in request.workloads:
@@ -68,18 +81,30 @@ def run(request: Request, say: Callable[[str], None] = print) -> None:
         if "ablation" in request.parts:
             for systems, meaning in ABLATIONS.items():
                 sections += _race(request, workload, "ablation", systems, meaning, say)
+    if "reward" in request.parts:
+        sections += _rewards(request.config, records, request.rounds)
     if "grammar" in request.parts:
         rows = WORKLOADS[request.workloads[0]].rows
         title = f"grammar tables of three vocabularies; mask of one step of {rows} rows"
         sections.append({"section": "figures", "title": title, "figures": _apart(masking.measure, rows)})
     if "tags" in request.parts:
         title = "chance that the untrained SmolLM2 closes its thought where the teacher does"
-        figures = _apart(_compare_tags, request.records())
+        figures = _apart(_compare_tags, records)
         sections.append({"section": "figures", "title": title, "figures": figures})
     lines = "".join(json.dumps(section, ensure_ascii=False) + "\n" for section in sections)
     write_bytes(request.out / "results.jsonl", lines.encode())
     write_bytes(request.out / "results.md", page(sections).encode())
     say(page(sections))
+
+
+def _rewards(config: TrainConfig, records: list[TeacherRecord], rounds: int) -> list[dict[str, Any]]:
+    steps, batches = _apart(scoring.measure, config, records, rounds)
+    shown = {
+        "rollout, reward and update together, in steps as they train": steps,
+        "rewards apart: completions scored by a service to which all is new": batches,
+    }
+    note = f"median (least..greatest) of {rounds} rounds"
+    return [{"section": "figures", "title": f"{title}; {note}", "figures": rows} for title, rows in shown.items()]
 
 
 def _compare_tags(records: list[TeacherRecord]) -> list[dict[str, Any]]:
@@ -127,7 +152,7 @@ def _rates(gemm: Mapping[int, float]) -> str:
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's value from a process of its own, which leaves no accelerator memory taken."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(worker.carried, function, *arguments).result()
 
 
 def commit() -> str:

@@ -121,6 +121,11 @@ def floor_table(floors: Mapping[str, Mapping[str, float]], ours: Mapping[str, An
 
 
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown table of records of the same fields."""
-    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Markdown table of records of the same fields: texts, numbers, and `Spread`s as dicts."""
+
+    def show(value: str | float | Mapping[str, float]) -> str:
+        if isinstance(value, Mapping):
+            return f"{value['median']:.4g} ({value['least']:.4g}..{value['greatest']:.4g})"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     return _table(list(rows[0]), [[show(value) for value in row.values()] for row in rows])

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from typing import Any
 from srl_jax.bench.workload import Workload
 
 PARTS = ("rollout", "update")
+
+
+class PartFailed(RuntimeError):
+    """What could not be measured in a process of its own; the message is that of the error there."""
 
 
 @dataclasses.dataclass
@@ -97,3 +101,12 @@ def main(connection: Connection, system: str, workload: Workload, directory: Pat
     except Exception as error:  # whatever a peer does, it is reported and the others go on
         traceback.print_exc(file=sys.stderr)
         connection.send({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
+def carried(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value; whatever it raises is printed and becomes a `PartFailed`, which can go to the parent."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # of whatever class: few of ours survive being sent
+        traceback.print_exc(file=sys.stderr)
+        raise PartFailed(f"{type(error).__name__}: {error}") from None

@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
@@ -63,7 +63,8 @@ class Score:
     last case `unscored` says why even when the reward, which did not depend on it, is there.  `match_f1`, precision and
     recall compare the places that the action matched with those that the teacher's matches; None without a report, and
     where the teacher's matches could not be had (which leaves the completion unscored only when its reward depends on
-    them).
+    them).  `queued_s` is how long the execution waited for a sandbox's slot, None where none was begun for it; of two
+    equal scores one may have waited longer.
     """
 
     reward: Reward | None
@@ -72,6 +73,7 @@ class Score:
     match_f1: float | None = None
     match_precision: float | None = None
     match_recall: float | None = None
+    queued_s: float | None = field(default=None, compare=False)
 
 
 class PendingScores(Protocol):
@@ -145,6 +147,19 @@ class _Cache(Generic[_Value]):
 class _Teacher:
     trace: Trace
     tokens: int
+
+
+@dataclass
+class _Turn:
+    """When work was put into the queue for a slot, and when it left it; neither where another's result serves."""
+
+    asked: float | None = None
+    begun: float | None = None
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds in the queue, until now for what is still in it."""
+        return None if self.asked is None else (self.begun or time.monotonic()) - self.asked
 
 
 class RewardService:
@@ -228,14 +243,15 @@ class RewardService:
             for item, student, teacher in zip(items, students, teachers, strict=True)
         ]
         # These run while this thread embeds and compares.
+        turns = [_Turn() for _ in items]
         executions = [
-            self._start(student.action, item.record.task, deadline) if student else None
-            for item, student in zip(items, students, strict=True)
+            self._start(student.action, item.record.task, deadline, turn) if student else None
+            for item, student, turn in zip(items, students, turns, strict=True)
         ]
         cosines = self._cosines(items, students, teachers)
         scores = []
-        for item, teacher, likeness, execution, reference in zip(
-            items, teachers, cosines, executions, references, strict=True
+        for item, teacher, likeness, execution, reference, turn in zip(
+            items, teachers, cosines, executions, references, turns, strict=True
         ):
             report, trouble = _await(execution, deadline)
             wanted, reference_trouble = _await(reference, deadline)
@@ -262,7 +278,7 @@ class RewardService:
                     executed=report.success if report else None,
                     match_f1=f1,
                 )
-            scores.append(Score(reward, report, trouble, f1, precision, recall))
+            scores.append(Score(reward, report, trouble, f1, precision, recall, turn.waited))
         self._count(
             requests=len(items),
             malformed=students.count(None),
@@ -304,7 +320,7 @@ class RewardService:
                 cosines.append(cosine(row, item.record.think_embedding))
         return cosines
 
-    def _start(self, action: Action, task: Task, deadline: float) -> Future[EnvReport] | None:
+    def _start(self, action: Action, task: Task, deadline: float, turn: _Turn) -> Future[EnvReport] | None:
         """The execution of this action on this task: under way or done already, or started now."""
         if (sandbox := self._sandbox) is None:
             return None
@@ -322,7 +338,7 @@ class RewardService:
         def passing(report: EnvReport) -> bool:
             return Status.TIMEOUT in (report.status, report.tests)
 
-        return self._once(self._reports, execution_key(action, task), execute, passing, deadline)
+        return self._once(self._reports, execution_key(action, task), execute, passing, deadline, turn)
 
     def _start_reference(self, task: Task, action: Action, deadline: float) -> Future[Places] | None:
         """The places that the teacher's action matches in the task's files, likewise."""
@@ -336,7 +352,7 @@ class RewardService:
                 raise SandboxCrash(_TEACHER_TIMED_OUT + result.detail)
             return result.places
 
-        return self._once(self._references, execution_key(action, task), apply, lambda places: False, deadline)
+        return self._once(self._references, execution_key(action, task), apply, lambda places: False, deadline, _Turn())
 
     def _once(
         self,
@@ -345,8 +361,9 @@ class RewardService:
         work: Callable[[], _Value],
         passing: Callable[[_Value], bool],
         deadline: float,
+        turn: _Turn,
     ) -> Future[_Value]:
-        """The future of `work` under `key`, from the cache or started now on a slot's thread.
+        """The future of `work` under `key`, from the cache or started now on a slot's thread; `turn` is then kept.
 
         A result that is `passing` may be owed to the machine's load, a failure to its faults: neither is remembered.
         """
@@ -355,7 +372,8 @@ class RewardService:
             if known is not None:
                 self._count(cached=1)
                 return known
-            started = self._workers.submit(self._retried, work, deadline)
+            turn.asked = time.monotonic()
+            started = self._workers.submit(self._retried, work, deadline, turn)
             cache.put(key, started)
 
         def settle(done: Future[_Value]) -> None:
@@ -365,7 +383,8 @@ class RewardService:
         started.add_done_callback(settle)
         return started
 
-    def _retried(self, work: Callable[[], _Value], deadline: float) -> _Value:
+    def _retried(self, work: Callable[[], _Value], deadline: float, turn: _Turn) -> _Value:
+        turn.begun = time.monotonic()
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
                 raise SandboxCrash("the batch's deadline passed before a slot was free")

@@ -19,7 +19,7 @@ from srl_jax.sandbox.runner import EnvReport
 from srl_jax.sandbox.service import Score, ScoreRequest
 from srl_jax.trace import Rejection
 
-WIRE_VERSION = "srl-score/2"
+WIRE_VERSION = "srl-score/3"
 SERVER_TOKEN = "SRL_JAX_REWARD_TOKEN"  # the variable of the environment in which both ends find the secret
 
 
@@ -118,6 +118,7 @@ def encode_scores(scores: Sequence[Score]) -> bytes:
             "report": score.report.to_dict() if score.report else None,
             "unscored": score.unscored,
             "match": [score.match_f1, score.match_precision, score.match_recall],
+            "queued_s": score.queued_s,
         }
         for score in scores
     ]
@@ -154,4 +155,4 @@ def _score(row: dict[str, Any]) -> Score:
         reward = Reward(**reward, rejection=None if rejection is None else Rejection(rejection))
     f1, precision, recall = row["match"]
     report = None if report is None else EnvReport.from_dict(report)
-    return Score(reward, report, row["unscored"], f1, precision, recall)
+    return Score(reward, report, row["unscored"], f1, precision, recall, row["queued_s"])
