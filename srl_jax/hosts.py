@@ -176,7 +176,7 @@ def check_same(things: Mapping[str, str]) -> None:
 def check_settings(config: TrainConfig) -> None:
     """Raises `ConfigError` for what is not done by several hosts together: on every one, where they have one recipe."""
     needed = {
-        "method": (config.method, "srl", "the baselines read too little to be split"),
+        "method": (config.method, "srl", "the baselines train on one host"),
         "grpo.returns": (config.grpo.returns, "step", "whole episodes are played on one host"),
         "grpo.baseline": (config.grpo.baseline, ("group", "none"), "the value head is trained on one host"),
         "sampling.slots": (config.sampling.slots, 0, "hosts decode all prompts of a step at once"),
