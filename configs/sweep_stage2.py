@@ -1,4 +1,4 @@
-"""The runs of reports/training/stage2.md: SRL three times as long as the demo, SFT, no KL and no dynamic sampling.
+"""SRL three times as long as the demo, beside SFT on the same traces, no KL, and no dynamic sampling.
 
 Command:  python launch/sweep.py --config=configs/sweep_stage2.py --out=runs/stage2
 Hardware: 2 CPU cores, 6 GB.

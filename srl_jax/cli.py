@@ -1,4 +1,6 @@
-"""How a launch file ends: one clear line for a mistake of the user's, a traceback for one of ours."""
+"""How a launch file begins and ends: flags that several share, one clear line for a mistake of the user's, a traceback
+for one of ours.
+"""
 
 import errno
 import os
