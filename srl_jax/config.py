@@ -68,7 +68,8 @@ class ModelSource(Section):
     # "asset:<name>" (third_party/manifest.toml), a Hugging Face directory, a .gguf file, or "random:<shape>".
     source: str = "asset:smollm2-135m-instruct"
     dtype: str = choice("float32", "bfloat16")  # base weights and activations; adapters stay float32
-    quantize: str = choice("none", "int8", "nf4")  # of the base's linear maps (QLoRA); the rest stays in dtype
+    # Of the base's linear maps (QLoRA); the rest stays in dtype. "bfloat16" speeds a float32 model up on CPUs with AMX.
+    quantize: str = choice("none", "bfloat16", "int8", "nf4")
     remat: str = choice("none", "dots", "full")  # what the backward pass recomputes instead of keeping
     attention: str = choice("auto", "xla")  # "auto": cuDNN or splash where model/flash.py chooses them
     atomic_tags: bool = True  # the six tags as single tokens rather than as text

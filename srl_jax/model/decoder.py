@@ -236,7 +236,7 @@ class Decoder(nn.Module):
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
       remat: what the backward pass recomputes: "none"; "dots" (everything but products with weights, which are
         kept, those with quantised ones apart); "full" (each layer from its input alone).
-      quantize: how the base's linear weights are stored: "none", "int8" or "nf4" (model/quantize.py). The layers take
+      quantize: how the base's linear weights are stored: "none", or a scheme of model/quantize.py. The layers take
         them as they come; who makes or places weights asks here.
       attention: "xla", or the kernel of model/flash.py that passes over whole rows take.
       mesh: where such a kernel runs; needed on several devices.

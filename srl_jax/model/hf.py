@@ -290,7 +290,7 @@ def load_params(
     Args:
       path: a `.gguf` file or a Hugging Face directory.
       dtype: of the weights in memory, norm scales apart (see `leaf_dtype`).
-      quantize: "int8" or "nf4" for the layers' linear weights.
+      quantize: "none", or how the layers' linear weights are stored (model/quantize.py).
       new_rows: id of each token that the tokenizer adds -> {source id: weight}; its embedding (and head) row becomes
         that mix of the sources' rows. Some tables have spare rows at the end for it; where they have not, they grow.
       place: default: onto the default device.
