@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
 from srl_jax.model.decoder import Decoder, Prefix, encode_prompts, init_cache, logits
+from srl_jax.model.kv import as_columns
 from srl_jax.truncation import NOTHING, keep_likeliest
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
@@ -157,8 +158,9 @@ def prefill(
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
     own = variables["params"]["embedding"].dtype
     dtype = own if settings.cache_dtype == "model" else jnp.dtype(settings.cache_dtype)
+    prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths, dtype)
     return Flight(
-        prefix=encode_prompts(decoder, variables, prompt_tokens, prompt_lengths, dtype),
+        prefix=prefix._replace(k=as_columns(prefix.k)),
         prompts=prompt_tokens,
         lengths=prompt_lengths,
         cache=init_cache(decoder.config, b, t_max, dtype),

@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from srl_jax.model.kv import KV, mix, score
+from srl_jax.model.kv import KV, KeyColumns, mix, score
 
 # Finite, so that a row in which everything is masked gives a uniform softmax instead of NaN.
 MASKED = -1e30
 
-_Prefix = tuple[KV, KV]  # [P, K, Lp, H] each
+_Prefix = tuple[KV | KeyColumns, KV]  # [P, K, Lp, H] each
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: KV,
+    k: KV | KeyColumns,
     v: KV,
     mask: Bool[Array, "#B T S"],
     prefix: _Prefix | None = None,

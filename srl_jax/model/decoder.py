@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from srl_jax.model.attention import attend
 from srl_jax.model.families import ModelConfig, RopeScaling
 from srl_jax.model.flash import flash_attend
-from srl_jax.model.kv import KV, empty, store, width, write
+from srl_jax.model.kv import KV, KeyColumns, as_columns, empty, store, width, write
 from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
@@ -27,7 +27,7 @@ _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
 class Prefix(NamedTuple):
     """Keys and values [L, P, K, Lp, H] of P prompts, and which of their positions are real: the first so many."""
 
-    k: KV
+    k: KV | KeyColumns  # columns for decode steps, which have no gradient
     v: KV
     mask: Bool[Array, "P Lp"]
 
@@ -197,9 +197,8 @@ class Block(nn.Module):
             cache_k = self.variable("cache", "keys", lambda: None)
             cache_v = self.variable("cache", "values", lambda: None)
             dtype = jax.tree.leaves(cache_k.value)[0].dtype
-            at = (layer.index, jnp.arange(batch)[:, None], slice(None), scene.columns)
-            cache_k.value = write(cache_k.value, at, store(k, dtype))
-            cache_v.value = write(cache_v.value, at, store(v, dtype))
+            cache_k.value = write(cache_k.value, layer.index, scene.columns, store(k, dtype))
+            cache_v.value = write(cache_v.value, layer.index, scene.columns, store(v, dtype))
             of_layer = partial(jax.lax.dynamic_index_in_dim, index=layer.index, keepdims=False)
             k, v = jax.tree.map(of_layer, (cache_k.value, cache_v.value))
 
@@ -281,7 +280,7 @@ class Decoder(nn.Module):
         keys = columns
         if age is not None:
             columns = age[:, None] + columns
-            keys = jnp.arange(width(self.variables["cache"]["layers"]["keys"]))[None, :]
+            keys = jnp.arange(width(self.variables["cache"]["layers"]["values"]))[None, :]
         distance = columns[:, :, None] - keys[:, None, :]
         # prevent_cse guards against a problem that a scan body does not have, and it costs fusion.
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[self.remat])
@@ -321,7 +320,7 @@ def logits(config: ModelConfig, params, hidden: Float[Array, "... D"]) -> Float[
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict:
     """An empty KV cache collection for `batch` rows of at most `length` tokens; int8 is model/kv.py's."""
     shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-    return {"layers": {"keys": empty(shape, dtype), "values": empty(shape, dtype)}}
+    return {"layers": {"keys": as_columns(empty(shape, dtype)), "values": empty(shape, dtype)}}
 
 
 def encode_prompts(

@@ -9,7 +9,7 @@ the codes is at most one layer's as another type, where a backend converts them 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 _LARGEST = 127  # of a code; -128 is not used, so that the range is symmetric
 
@@ -23,6 +23,23 @@ class QuantizedKV:
 
 
 KV = Array | QuantizedKV
+
+
+@flax.struct.dataclass
+class KeyColumns:
+    """Keys as a decode step reads them: vectors (or their codes) [.., H, S], each a column; scales [.., S] as ever.
+
+    A product of few queries with keys stored as rows transposes them first, which on a CPU takes as long again.
+    """
+
+    kv: KV
+
+
+def as_columns(keys: KV) -> KeyColumns:
+    """`keys` [.., S, H] as columns."""
+    if isinstance(keys, QuantizedKV):
+        return KeyColumns(QuantizedKV(jnp.swapaxes(keys.codes, -1, -2), keys.scale))
+    return KeyColumns(jnp.swapaxes(keys, -1, -2))
 
 
 def store(x: Float[Array, "... H"], dtype: jnp.dtype) -> KV:
@@ -43,11 +60,12 @@ def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> KV:
     return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
 
 
-def score(q: Float[Array, "B K M H"], keys: KV) -> Float[Array, "B K M S"]:
+def score(q: Float[Array, "B K M H"], keys: KV | KeyColumns) -> Float[Array, "B K M S"]:
     """`q` times each of `keys` [B, K, S, H], float32."""
-    if not isinstance(keys, QuantizedKV):
-        return _score(q, keys.astype(q.dtype))
-    return _score(q, keys.codes.astype(q.dtype)) * keys.scale[:, :, None, :]
+    product, keys = ("bkmh,bkhs->bkms", keys.kv) if isinstance(keys, KeyColumns) else ("bkmh,bksh->bkms", keys)
+    numbers = keys.codes if isinstance(keys, QuantizedKV) else keys
+    scores = jnp.einsum(product, q, numbers.astype(q.dtype), preferred_element_type=jnp.float32)
+    return scores * keys.scale[:, :, None, :] if isinstance(keys, QuantizedKV) else scores
 
 
 def mix(weights: Float[Array, "B K M S"], values: KV, dtype: jnp.dtype) -> Float[Array, "B K M H"]:
@@ -59,19 +77,20 @@ def mix(weights: Float[Array, "B K M S"], values: KV, dtype: jnp.dtype) -> Float
     )
 
 
-def _score(q, keys):
-    return jnp.einsum("bkmh,bksh->bkms", q, keys, preferred_element_type=jnp.float32)
-
-
 def width(kv: KV) -> int:
     """S of vectors [.., S, H]."""
     return (kv.codes if isinstance(kv, QuantizedKV) else kv).shape[-2]
 
 
-def write(cache: KV, at: tuple, new: KV) -> KV:
-    """The cache [L, B, K, S, H] with the vectors `new` [B, K, T, H] at layer, row and columns `at`; beyond: dropped."""
+def write(cache: KV | KeyColumns, layer: Int[Array, ""], columns: Int[Array, "B T"], new: KV) -> KV | KeyColumns:
+    """The cache [L, B, K, S, H] with `new` vectors [B, K, T, H] of one layer; those beyond its end are dropped."""
+    rows, every = jnp.arange(columns.shape[0])[:, None], slice(None)
+    vectors = (layer, rows, every, every, columns) if isinstance(cache, KeyColumns) else (layer, rows, every, columns)
 
     def put(old: Array, x: Array) -> Array:
+        at = vectors if x.ndim == 4 else (layer, rows, every, columns)  # scales have no H
         return old.at[at].set(jnp.swapaxes(x, 1, 2).astype(old.dtype), mode="drop")
 
+    if isinstance(cache, KeyColumns):
+        return KeyColumns(jax.tree.map(put, cache.kv, new))
     return jax.tree.map(put, cache, new)
