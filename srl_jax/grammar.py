@@ -51,6 +51,8 @@ _NO_LIMIT = 1 << 20
         "kind_of_token",
         "class_of_kind",
         "bytes_of_kind",
+        "count_of_kind",
+        "token_of_kind",
         "blocks",
         "block_row",
         "effect_row",
@@ -73,11 +75,16 @@ _NO_LIMIT = 1 << 20
 )
 @dataclass(frozen=True, eq=False)
 class TokenAutomaton:
-    """Tables of a token automaton: V tokens of K kinds in C classes, S states. See `grammar_compile.TokenTables`."""
+    """Tables of a token automaton: V tokens of K kinds in C classes, S states. See `grammar_compile.TokenTables`.
+
+    count_of_kind: tokens of each kind; token_of_kind: one of them.
+    """
 
     kind_of_token: Int[Array, "V"]
     class_of_kind: Int[Array, "K"]
     bytes_of_kind: Int[Array, "K"]
+    count_of_kind: Int[Array, "K"]
+    token_of_kind: Int[Array, "K"]
     blocks: Int[Array, "U w"]
     block_row: Int[Array, "S C/w"]
     effect_row: Int[Array, "S"]
@@ -191,7 +198,18 @@ def _to_device(tables: TokenTables, vocab_size: int | None) -> TokenAutomaton:
     arrays = {name: jnp.asarray(value) for name, value in tables.__dict__.items() if name not in ("effects", "scalars")}
     effects = {name: jnp.asarray(tables.effects[:, column]) for column, name in enumerate(Effect._fields)}
     start, end, json_cap = map(int, tables.scalars)
-    return TokenAutomaton(**arrays, **effects, start_state=start, end_state=end, json_cap=json_cap)
+    kinds = len(tables.class_of_kind)
+    token_of_kind = np.zeros(kinds, np.int32)
+    token_of_kind[tables.kind_of_token] = np.arange(len(tables.kind_of_token))
+    return TokenAutomaton(
+        **arrays,
+        **effects,
+        count_of_kind=jnp.asarray(np.bincount(tables.kind_of_token, minlength=kinds).astype(np.int32)),
+        token_of_kind=jnp.asarray(token_of_kind),
+        start_state=start,
+        end_state=end,
+        json_cap=json_cap,
+    )
 
 
 def initial_state(
@@ -290,6 +308,13 @@ def allowed_tokens(automaton: TokenAutomaton, state: GrammarState) -> Bool[Array
     """Tokens that may come next. Never all False before the end, if the budget sufficed at the start."""
     kinds = _materialised(allowed_kinds(automaton, state))
     return jnp.take(kinds, automaton.kind_of_token.astype(jnp.int32), axis=-1, mode="clip")
+
+
+def only_token(automaton: TokenAutomaton, state: GrammarState) -> Int[Array, "..."]:
+    """The one token that may come next, -1 where there are several."""
+    kinds = allowed_kinds(automaton, state)
+    count = jnp.where(kinds, automaton.count_of_kind, 0).sum(axis=-1)
+    return jnp.where(count == 1, jnp.where(kinds, automaton.token_of_kind, 0).max(axis=-1), -1)
 
 
 def _materialised(mask: Bool[Array, "... K"]) -> Bool[Array, "... K"]:

@@ -7,6 +7,9 @@ One pass over chunks of tokens. A token's log-prob depends on the loss through o
 and the head is frozen, so the forward pass already knows d logprob / d hidden up to that scalar: it
 multiplies by the head twice (logits, and coefficients back to `[N, D]`) and the backward pass is an
 elementwise product. The usual chunked form (`checkpoint` in a `map`) multiplies three times.
+
+Tokens whose answer is known need no product at all: padding, and what the grammar forced (log-prob 0, no gradient). The
+others are gathered in front, and the loop ends behind the last of them, in one compiled program for any number.
 """
 
 from collections.abc import Callable
@@ -35,12 +38,12 @@ DEFAULT_CHUNK_SIZE = 256
 
 
 class TokenLogprobs(NamedTuple):
-    """Per token, fp32. What was not asked for is None."""
+    """Per token, fp32. What was not asked for is None; tokens that were not wanted have 0 everywhere."""
 
-    logprobs: Float[Array, "N"]
-    entropy: Float[Array, "N"] | None  # nats, of the constrained distribution
-    ref_logprobs: Float[Array, "N"] | None
-    kl: Float[Array, "N"] | None  # exact KL(policy || reference) over the allowed set
+    logprobs: Float[Array, "P N"]
+    entropy: Float[Array, "P N"] | None  # nats, of the constrained distribution
+    ref_logprobs: Float[Array, "P N"] | None
+    kl: Float[Array, "P N"] | None  # exact KL(policy || reference) over the allowed set
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,14 @@ class _Spec:
 
 
 def token_logprobs(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "P N D"],
     head: Float[Array, "V D"],
-    targets: Int[Array, "N"],
+    targets: Int[Array, "P N"],
     *,
+    wanted: Bool[Array, "P N"] | None = None,
     allowed_from: AllowedFrom | None = None,
     constraint: Any = None,
-    reference_hidden: Float[Array, "N D"] | None = None,
+    reference_hidden: Float[Array, "P N D"] | None = None,
     temperature: float | Float[Array, ""] = 1.0,
     softcap: float | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
@@ -75,9 +79,10 @@ def token_logprobs(
     """log softmax over the allowed tokens of `softcap(hidden @ head.T) / temperature`, at `targets`.
 
     `hidden` is the decoder's output after its final norm, one row for each token to score (the position *before* it),
-    `head` the unembedding, `targets` ids in [0, V) (padded rows too: they are computed, and masked by the loss).
-    `constraint` is a pytree of arrays with leading axis N (grammar states, budgets); `allowed_from` turns any rows
-    of it into a bool `[n, V]`. A forced token has log-prob, entropy and gradient exactly 0.
+    `head` the unembedding, `targets` ids in [0, V), padding's too. `wanted` tells which tokens are to be computed, by
+    default all; the others get zeros.
+    `constraint` is a pytree of arrays with leading axes P, N (grammar states, budgets); `allowed_from` turns any rows
+    of it, [n, ..], into a bool `[n, V]`. A forced token has log-prob, entropy and gradient exactly 0.
     `reference_hidden` is the same tokens' hidden rows of the frozen model: `ref_logprobs` then comes from the same
     chunk and mask, and `compute_kl` adds the exact divergence.
     `softcap` is Gemma's: logits become softcap * tanh(logits / softcap), before the temperature.
@@ -85,11 +90,11 @@ def token_logprobs(
 
     Gradients reach `hidden` only. `head`, `reference_hidden` and `temperature` get zero: the head is frozen under LoRA.
     `entropy` and `kl` are diagnostics with zero gradient unless `entropy_gradient` / `kl_gradient` ask for a further
-    `[N, D]` residual each. Products run in the operands' dtype and accumulate in fp32; what "fp32" means to an
+    `[P, N, D]` residual each. Products run in the operands' dtype and accumulate in fp32; what "fp32" means to an
     accelerator's product (TF32?) is for `jax_default_matmul_precision` to say, as in the rest of the model.
 
-    Chunks are strided (token i goes to chunk i mod count), so that with N sharded over a mesh axis every
-    device has its share of every chunk.
+    Every chunk has as many tokens of each of the P, so that with P sharded over a mesh axis every device has its share
+    of every chunk, and its own tokens only.
     """
     if hidden.shape[-1] != head.shape[-1]:
         raise ValueError(f"hidden is {hidden.shape} but head is {head.shape}: both end in D")
@@ -113,12 +118,12 @@ def token_logprobs(
     # step, under grad, scan and remat alike).
     rows = jax.lax.stop_gradient((hidden, reference_hidden, targets, constraint))
     chunk = partial(_chunk, spec, jax.lax.stop_gradient(head), jax.lax.stop_gradient(jnp.float32(temperature)))
-    values, jacobian = _map_chunks(chunk, rows, spec.chunk_size)
+    values, jacobian = _map_chunks(chunk, rows, wanted, spec.chunk_size)
     return _with_jacobian(hidden, values, jacobian)
 
 
 @jax.custom_vjp
-def _with_jacobian(hidden: Float[Array, "N D"], values: TokenLogprobs, jacobian: TokenLogprobs) -> TokenLogprobs:
+def _with_jacobian(hidden: Float[Array, "P N D"], values: TokenLogprobs, jacobian: TokenLogprobs) -> TokenLogprobs:
     """`values`, whose derivatives by their own row of `hidden` are `jacobian`.
 
     Where nobody differentiates, `jacobian` is dead and the compiler drops its head product from the loop
@@ -133,7 +138,7 @@ def _forward(hidden, values, jacobian):
 
 def _backward(jacobian: TokenLogprobs, cotangent: TokenLogprobs):
     d_hidden = sum(
-        g[:, None] * jac.astype(jnp.float32) for g, jac in zip(cotangent, jacobian, strict=True) if jac is not None
+        g[..., None] * jac.astype(jnp.float32) for g, jac in zip(cotangent, jacobian, strict=True) if jac is not None
     )
     return d_hidden.astype(jacobian.logprobs.dtype), None, None
 
@@ -141,25 +146,48 @@ def _backward(jacobian: TokenLogprobs, cotangent: TokenLogprobs):
 _with_jacobian.defvjp(_forward, _backward)
 
 
-def _map_chunks(chunk: Callable[[Any], Any], rows: Any, chunk_size: int) -> Any:
-    """`chunk` over strided slices of the leading axis of every leaf of `rows`, one after the other."""
-    tokens = jax.tree.leaves(rows)[0].shape[0]
-    count = -(-tokens // chunk_size)
-    if count <= 1:
-        return chunk(rows)
-    # Equal chunks, rounded up to 8 rows: at most 8 * count padded tokens, and a leading axis that 8
-    # devices divide.
-    size = -(-tokens // (8 * count)) * 8
-    padding = size * count - tokens
+def _map_chunks(chunk: Callable[[Any], Any], rows: Any, wanted: Bool[Array, "P N"] | None, chunk_size: int) -> Any:
+    """`chunk` over the wanted rows of every leaf [P, N, ..] of `rows`, some of each P at a time; the others give 0."""
+    p, n = jax.tree.leaves(rows)[0].shape[:2]
+    count = -(-n // max(1, chunk_size // p))
+    size = -(-n // count)  # equal chunks
+    together = lambda x: x.reshape(p * size, *x.shape[2:])
+    apart = lambda x: x.reshape(p, size, *x.shape[1:])
+    if count == 1:
+        out = jax.tree.map(apart, chunk(jax.tree.map(together, rows)))
+    else:
+        limit, order = count, None
+        if wanted is not None:
+            order = jnp.argsort(~wanted, axis=1, stable=True)
+            limit = -(-wanted.sum(axis=1).max() // size)
 
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.swapaxes(x.reshape(size, count, *x.shape[1:]), 0, 1)
+        def arrange(x: Array) -> Array:
+            x = x if order is None else _take(x, order)
+            return jnp.pad(x, [(0, 0), (0, size * count - n)] + [(0, 0)] * (x.ndim - 2))
 
-    def join(x: Array) -> Array:
-        return jnp.swapaxes(x, 0, 1).reshape(size * count, *x.shape[2:])[:tokens]
+        arranged = jax.tree.map(arrange, rows)
 
-    return jax.tree.map(join, jax.lax.map(chunk, jax.tree.map(split, rows)))
+        def body(index: Int[Array, ""], out: Any) -> Any:
+            piece = jax.tree.map(lambda x: together(jax.lax.dynamic_slice_in_dim(x, index * size, size, 1)), arranged)
+            put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, apart(new), index * size, 1)
+            return jax.tree.map(put, out, chunk(piece))
+
+        piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct((p * size, *x.shape[2:]), x.dtype), arranged)
+        empty = jax.tree.map(
+            lambda x: jnp.zeros((p, size * count, *x.shape[1:]), x.dtype), jax.eval_shape(chunk, piece)
+        )
+        out = jax.tree.map(lambda x: x[:, :n], jax.lax.fori_loop(0, limit, body, empty))
+        if order is not None:
+            back = jnp.argsort(order, axis=1)
+            out = jax.tree.map(lambda x: _take(x, back), out)
+    if wanted is None:
+        return out
+    return jax.tree.map(lambda x: jnp.where(wanted.reshape(p, n, *[1] * (x.ndim - 2)), x, 0), out)
+
+
+def _take(x: Array, order: Int[Array, "P N"]) -> Array:
+    """Rows of `x` [P, N, ..] in another order, each P's among themselves."""
+    return jax.vmap(lambda rows, at: rows[at])(x, order)
 
 
 class _Distribution(NamedTuple):

@@ -9,10 +9,13 @@ from matplotlib.figure import Figure
 
 from srl_jax.evaluation import write_bytes
 from srl_jax.intervals import Interval, bootstrap_ci, paired_bootstrap_ci
+from srl_jax.measures import MEASURES
 from srl_jax.report import load_evaluation
 from srl_jax.report_tables import code, markdown_table
 from srl_jax.sweep import Job
 
+_FURTHER = ("R_action", "R_state", "R_think", "parse rate", "match-set F1")
+_FLOORS = ("base", "copied_prompt", "common_trace")
 _Items = Mapping[tuple[int, str], Mapping[str, Any]]  # (seed, task id) -> item
 
 
@@ -35,7 +38,7 @@ def write_sweep_report(jobs: Sequence[Job], out: Path) -> Path:
         rows.append([
             f"`{cell}`", f"{done} of {len(own)}", _mean(student[cell], "reward"),
             _difference(base[cell], student[cell]), against,
-            _mean(student[cell], "success"), _mean(student[cell], "kl"),
+            _mean(student[cell], "execution success"), _mean(student[cell], "KL per token"),
         ])  # fmt: skip
     sections = [
         "# Sweep",
@@ -43,9 +46,18 @@ def write_sweep_report(jobs: Sequence[Job], out: Path) -> Path:
         "[95 % bootstrap interval over rules] on held-out tasks.",
         markdown_table(heads, rows),
     ]
+    rows = [(f"`{cell}`", items) for cell, items in student.items()]
+    rows += [(f"{name} of `{reference}`", _answers(jobs, reference, name)) for name in _FLOORS]
+    sections += [
+        "## By measure",
+        markdown_table(
+            ["answers", *_FURTHER, "mean reward of each seed"],
+            [[name, *(_mean(items, field) for field in _FURTHER), _by_seed(items)] for name, items in rows if items],
+        ),
+    ]
     slices = sorted({item["slice"] for items in student.values() for item in items.values()})
     if len(slices) > 1:
-        for title, field in (("Reward", "reward"), ("Execution success", "success")):
+        for title, field in (("Reward", "reward"), ("Execution success", "execution success")):
             means = [[f"`{cell}`", *(_mean(_of(items, n), field) for n in slices)] for cell, items in student.items()]
             sections += [f"## {title} by slice", markdown_table(["cell", *map(code, slices)], means)]
     drawn = {cell: _interval(items, "reward") for cell, items in student.items() if items}
@@ -65,7 +77,7 @@ def _answers(jobs: Sequence[Job], cell: str, name: str) -> _Items:
     return {
         (job.seed, item["task_id"]): item
         for job in jobs
-        if job.cell == cell and job.status["state"] == "done"
+        if job.cell == cell and job.status["state"] == "done" and (job.workdir / f"eval_{name}.json").exists()
         for item in load_evaluation(job.workdir / f"eval_{name}.json")["items"]
     }
 
@@ -75,14 +87,22 @@ def _of(items: _Items, name: str) -> _Items:
 
 
 def _interval(items: _Items, field: str) -> Interval | None:
-    kept = [item for item in items.values() if item[field] is not None]
+    values = [(MEASURES[field](item), item["rule"]) for item in items.values()]
+    kept = [(value, rule) for value, rule in values if value is not None]
     if not kept:
         return None
-    return bootstrap_ci([float(item[field]) for item in kept], clusters=[item["rule"] for item in kept])
+    return bootstrap_ci([value for value, _ in kept], clusters=[rule for _, rule in kept])
 
 
 def _mean(items: _Items, field: str) -> str:
     return str(_interval(items, field) or "-")
+
+
+def _by_seed(items: _Items) -> str:
+    seeds: dict[int, list[float]] = {}
+    for (seed, _), item in items.items():
+        seeds.setdefault(seed, []).extend([item["reward"]] if item["reward"] is not None else [])
+    return ", ".join(f"{sum(rewards) / len(rewards):.3f}" for _, rewards in sorted(seeds.items()) if rewards)
 
 
 def _difference(before: _Items, after: _Items) -> str:

@@ -105,18 +105,22 @@ def policy_logprobs(
     forward pass of the base.
     """
     shape = batch.completions.shape
+    # The axis of the prompts, which the mesh splits, and that of their tokens.
+    flat = lambda x: x.reshape(shape[0], -1, *x.shape[len(shape) :])
     rows = (batch.prompt_tokens, batch.prompt_lengths, batch.completions)
     hidden = completion_hidden(decoder, variables, *rows)
     reference = None
     if with_reference:
         reference = completion_hidden(decoder, {"params": variables["params"]}, *rows)
-        reference = reference.reshape(-1, hidden.shape[-1])
-    flat = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        reference = flat(reference)
+    forced = grammar.only_token(automaton, batch.states) == batch.completions
+    scored = token_logprobs(
+        flat(hidden),
         head(variables["params"]),
-        batch.completions.reshape(-1),
+        flat(batch.completions),
+        wanted=flat(batch.completion_mask & ~forced),
         allowed_from=partial(_allowed, automaton),
-        constraint=jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (batch.states, batch.kept)),
+        constraint=jax.tree.map(flat, (batch.states, batch.kept)),
         temperature=temperature,
         reference_hidden=reference,
         softcap=decoder.config.final_softcap,
@@ -125,7 +129,7 @@ def policy_logprobs(
         entropy_gradient=entropy_gradient,
         kl_gradient=kl_gradient,
     )
-    return jax.tree.map(lambda x: x.reshape(shape), flat)
+    return jax.tree.map(lambda x: x.reshape(shape), scored)
 
 
 def _allowed(

@@ -202,7 +202,7 @@ def test_the_page_shows_every_section(out, monkeypatch):
     assert "the command" in page and "### TINY: 2 prompts x 2 completions" in page and "| unshared |" in page
     sections = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [(section["section"], section.get("first")) for section in sections] == [
-        ("machine", None), ("race", "ours"), ("race", "ragged"), ("race", "speculating")
+        ("machine", None), ("race", "ours"), ("race", "ours"), ("race", "ragged"), ("race", "speculating")
     ]  # fmt: skip
     faster = sections[1]["figures"]["unshared"]["times_as_fast"]
     assert faster["rollout"]["median"] > 2 and faster["update"]["median"] > 2

@@ -483,6 +483,23 @@ def test_tokens_that_hold_no_text_are_never_allowed(tiny):
     assert until_end[0].nonzero()[0].tolist() == [tiny.tokenizer.tag_ids[0]]  # <think> is forced
 
 
+@pytest.mark.parametrize("kind", ["tiny", "bytewise"])
+def test_the_only_token_is_the_one_the_mask_leaves(request, kind):
+    vocabulary = request.getfixturevalue(kind)
+    automaton = vocabulary.automaton
+    budget = grammar.shortest_trace(automaton) + 6
+    state, rng, forced = grammar.initial_state(automaton, 16, budget, 8), np.random.default_rng(0), 0
+    step = jax.jit(lambda state: (grammar.allowed_tokens(automaton, state), grammar.only_token(automaton, state)))
+    for _ in range(budget):
+        allowed, only = map(np.asarray, step(state))
+        expected = np.where(allowed.sum(axis=1) == 1, allowed.argmax(axis=1), -1)
+        np.testing.assert_array_equal(only, expected)
+        forced += (only >= 0).sum()
+        chosen = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
+        state = grammar.advance(automaton, state, jnp.asarray(chosen, jnp.int32))
+    assert 0.1 < forced / (16 * budget) < 0.95
+
+
 def test_after_the_end_only_the_end_token(tiny):
     tokens = tiny.tokenizer.encode(ORACLES[0])
     states, allowed = tiny.replay([tokens], len(tokens), 50)

@@ -58,12 +58,16 @@ def full(hidden, x, table, temperature=1.0, softcap=None) -> TokenLogprobs:
     return TokenLogprobs(at(p), -expect(p), at(q), expect(p - q))
 
 
-def chunked(hidden, x, table, **kwargs) -> TokenLogprobs:
+def chunked(hidden, x, table, *, blocks=1, wanted=None, **kwargs) -> TokenLogprobs:
+    """Of flat tokens, as `blocks` equal parts."""
+    split = lambda a: a.reshape(blocks, -1, *a.shape[1:])
     if table is not None:
-        kwargs |= {"allowed_from": lambda states: table[states], "constraint": x["states"]}
-    return token_logprobs(
-        hidden, x["head"], x["targets"], reference_hidden=x["reference_hidden"], compute_kl=True, **kwargs
-    )
+        kwargs |= {"allowed_from": lambda states: table[states], "constraint": split(x["states"])}
+    if wanted is not None:
+        kwargs["wanted"] = split(wanted)
+    rows, reference = split(hidden), split(x["reference_hidden"])
+    got = token_logprobs(rows, x["head"], split(x["targets"]), reference_hidden=reference, compute_kl=True, **kwargs)
+    return jax.tree.map(jnp.ravel, got)
 
 
 def assert_close(got, expected, **tolerance):
@@ -118,15 +122,14 @@ def _jitted(hidden, x, table, temperature, chunk_size):
 
 def test_worked_by_hand():
     """Logits (0, ln 2, ln 5) with the third token forbidden: p = (1/3, 2/3), entropy .636514."""
-    hidden, head = jnp.ones((1, 1)), jnp.log(jnp.array([[1.0], [2.0], [5.0]]))
-    got = token_logprobs(
-        hidden, head, jnp.array([1]), allowed_from=lambda mask: mask, constraint=jnp.array([[True, True, False]])
-    )
-    np.testing.assert_allclose([got.logprobs[0], got.entropy[0]], [np.log(2 / 3), 0.636514], rtol=1e-6)
+    hidden, head, target = jnp.ones((1, 1, 1)), jnp.log(jnp.array([[1.0], [2.0], [5.0]])), jnp.array([[1]])
+    mask = jnp.array([[[True, True, False]]])
+    got = token_logprobs(hidden, head, target, allowed_from=lambda mask: mask, constraint=mask)
+    np.testing.assert_allclose([got.logprobs[0, 0], got.entropy[0, 0]], [np.log(2 / 3), 0.636514], rtol=1e-6)
     assert got.ref_logprobs is None and got.kl is None
     # At temperature .5 the odds square: p = (1/5, 4/5).
-    cold = token_logprobs(hidden, head[:2], jnp.array([1]), temperature=0.5, compute_entropy=False)
-    np.testing.assert_allclose(cold.logprobs, [np.log(0.8)], rtol=1e-6)
+    cold = token_logprobs(hidden, head[:2], target, temperature=0.5, compute_entropy=False)
+    np.testing.assert_allclose(cold.logprobs, [[np.log(0.8)]], rtol=1e-6)
     assert cold.entropy is None
 
 
@@ -261,15 +264,51 @@ def test_a_pytree_of_constraints_is_sliced_together():
     def allowed(rows):
         return table[rows["state"]] & (~rows["closed"][:, None] | (jnp.arange(V) == FORCED_TOKEN)[None, :])
 
-    got = token_logprobs(
-        x["hidden"], x["head"], x["targets"], allowed_from=allowed, constraint=constraint, chunk_size=8
-    )
-    whole = token_logprobs(
-        x["hidden"], x["head"], x["targets"], allowed_from=allowed, constraint=constraint, chunk_size=N
-    )
+    constraint, rows, targets = jax.tree.map(lambda a: a[None], (constraint, x["hidden"], x["targets"]))
+    score = partial(token_logprobs, rows, x["head"], targets, allowed_from=allowed, constraint=constraint)
+    got, whole = score(chunk_size=8), score(chunk_size=N)
     for a, b in zip(got[:2], whole[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert not np.any(got.entropy[::3])
+    assert not np.any(got.entropy[0, ::3])
+
+
+@pytest.mark.parametrize("blocks, chunk_size", [(1, 8), (4, 8), (4, 2), (1, 1000)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_only_what_is_wanted_is_computed_and_the_rest_is_zero(blocks, chunk_size, share):
+    x, table = problem(n=52), automaton()
+    wanted = jnp.asarray(np.random.default_rng(1).random(52) < share)
+    # What is not wanted is not looked at either.
+    hidden = jnp.where(wanted[:, None], x["hidden"], jnp.nan)
+    asked = {"entropy_gradient": True, "kl_gradient": True}
+
+    def weighed(form):
+        def loss(hidden):
+            values = form(hidden)
+            return sum(jnp.where(wanted, x["weights"] * value, 0.0).sum() for value in values), values
+
+        return jax.jit(jax.grad(loss, has_aux=True))
+
+    mine = partial(chunked, x=x, table=table, blocks=blocks, wanted=wanted, chunk_size=chunk_size, **asked)
+    gradient, got = weighed(mine)(hidden)
+    expected_gradient, expected = weighed(partial(full, x=x, table=table))(x["hidden"])
+    assert_close(got, [jnp.where(wanted, value, 0.0) for value in expected], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+    assert not np.any(np.asarray(gradient)[~wanted])
+
+
+def test_chunks_without_a_wanted_token_are_not_run():
+    x = problem(n=64)
+    seen = []
+
+    def allowed(states):
+        jax.debug.callback(lambda n: seen.append(int(n)), states.shape[0])
+        return automaton()[states]
+
+    wanted = jnp.arange(64) % 8 < 3  # 24 of 64
+    score = partial(token_logprobs, x["hidden"][None], x["head"], x["targets"][None], allowed_from=allowed)
+    jax.block_until_ready(score(constraint=x["states"][None], wanted=wanted[None], chunk_size=8))
+    jax.effects_barrier()
+    assert seen == [8, 8, 8]
 
 
 def head_products(compiled) -> int:
@@ -328,7 +367,7 @@ def test_eight_devices_are_one(mesh_shape, rows, head):
     @jax.jit
     def step(x, table):
         def loss(hidden):
-            got = chunked(hidden, x, table, chunk_size=32)
+            got = chunked(hidden, x, table, blocks=8, chunk_size=32)
             return jnp.sum(x["weights"] * got.logprobs), got
 
         return jax.grad(loss, has_aux=True)(x["hidden"])
@@ -344,8 +383,9 @@ def test_chunks_do_not_gather_sharded_tokens():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     x, table = problem(n=128), automaton()
+    wanted = jnp.arange(128) % 3 > 0
     loss = lambda hidden, head, table: jnp.vdot(
-        x["weights"], chunked(hidden, x | {"head": head}, table, chunk_size=32).logprobs
+        x["weights"], chunked(hidden, x | {"head": head}, table, blocks=8, wanted=wanted, chunk_size=32).logprobs
     )
     compiled = (
         jax.jit(jax.grad(loss), in_shardings=(rows, everywhere, everywhere), out_shardings=rows)

@@ -216,3 +216,39 @@ def test_speculation_changes_no_token(student, lora, drafts, temperature):
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
     np.testing.assert_array_equal(drafted.mask, plain.mask)
     np.testing.assert_allclose(drafted.logprobs, plain.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("constrained, top_k", [(True, 0), (True, 3), (False, 0)])
+def test_reading_forced_tokens_at_once_changes_no_token_and_takes_fewer_steps(
+    student, lora, constrained, top_k, monkeypatch
+):
+    steps = []
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return logits(*arguments)
+
+    logits = sampling.logits
+    monkeypatch.setattr(sampling, "logits", counted)
+    prompts, shortest = _prompts(3), grammar.shortest_trace(student.automaton)
+    given = {"key": 7, "max_new_tokens": shortest + 7, "group_size": 4, "top_k": top_k}
+    if not constrained:
+        given["automaton"] = student.without_grammar().automaton
+
+    def run():
+        jax.clear_caches()
+        steps.clear()
+        drawn = jax.block_until_ready(_sample(student, lora, prompts, **given))
+        jax.effects_barrier()
+        return drawn, len(steps)
+
+    leaping, few = run()
+    monkeypatch.setattr(grammar, "only_token", lambda automaton, state: jnp.full_like(state.state, -1))
+    plain, many = run()
+    assert few < 0.6 * many if constrained else few == many
+    assert many >= shortest + 7 if constrained else many > 0
+    for name in ("tokens", "mask", "finished", *(["kept"] if top_k else [])):
+        np.testing.assert_array_equal(getattr(leaping, name), getattr(plain, name), err_msg=name)
+    np.testing.assert_allclose(leaping.logprobs, plain.logprobs, atol=2e-5)
+    if constrained:
+        assert (np.asarray(leaping.logprobs)[np.asarray(leaping.mask)] == 0).mean() > 0.3

@@ -47,6 +47,7 @@ def run(
     *,
     shared: bool = True,
     masked: bool = True,
+    forced: bool = True,
     compact: bool = True,
     ragged: bool = False,
     drafts: int = 0,
@@ -55,6 +56,7 @@ def run(
 
     `shared=False`: each completion is a group of one, so its prompt is computed for it alone, as peers do; an update
     then takes as many rows at a time as the peers'. `masked=False`: nothing is forbidden, and no mask is made.
+    `forced=False`: tokens that the grammar forces are drawn and scored like any other.
     `ragged=True`: no grammar, and every 64th token of the vocabulary ends its row, so that rows end at different
     lengths, which is what `compact=False`, no smaller batch for the last rows, is to be compared on. `drafts`: tokens
     guessed ahead.
@@ -64,6 +66,9 @@ def run(
         if not masked:
             everything = lambda automaton, state: jnp.ones((*state.state.shape, *automaton.kind_of_token.shape), bool)
             changes.enter_context(mock.patch.object(grammar, "allowed_tokens", everything))
+        if not forced:
+            never = lambda automaton, state: jnp.full_like(state.state, -1)
+            changes.enter_context(mock.patch.object(grammar, "only_token", never))
         if not compact:
             changes.enter_context(mock.patch.object(sampling, "_LEAST_ROWS", workload.rows))
         _train(gate, workload, directory, make_student(workload, directory, ragged=ragged, drafts=drafts), shared)
