@@ -128,7 +128,9 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(tmp_path,
     assert table_row(text, "`b`")[2:4] == ["0.250 [0.250, 0.250]", "0.200 [0.200, 0.200]"]
     assert table_row(text, "`bad`") == ["0 of 2", "-", "-", "-", "-", "-"]
     measures, by_slice = text.split("## By measure")[1].split("## Reward by slice")
-    assert "| answers | R_action | R_state | R_think | parse rate | match-set F1 | mean reward of each seed |" in measures
+    assert (
+        "| answers | R_action | R_state | R_think | parse rate | match-set F1 | mean reward of each seed |" in measures
+    )
     assert table_row(measures, "`b`")[-1] == "0.495, 0.495" and table_row(measures, "base of `a`")[-1] == "0.245, 0.245"
     assert table_row(measures, "`b`")[3] == "1.000 [1.000, 1.000]" and "copied_prompt" not in measures
     assert "| cell | <code>javascript</code> | <code>python</code> |" in by_slice
