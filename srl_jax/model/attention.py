@@ -14,12 +14,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from srl_jax.model.kv import KV, KeyColumns, mix, score
 
 # Finite, so that a row in which everything is masked gives a uniform softmax instead of NaN.
 MASKED = -1e30
+# What a rematerialised layer had better keep: the output and its normaliser. Without them the backward pass would run
+# the forward pass once more, only to compute the probabilities yet again.
+ATTENDED = "attended"
 
 _Prefix = tuple[KV | KeyColumns, KV]  # [P, K, Lp, H] each
 
@@ -110,8 +114,8 @@ def _forward(softcap, q, k, v, prefix, mask, prefix_mask):
         own, shared = jnp.exp(own - top), jnp.exp(shared - _group(top, prompts))
         total = own.sum(-1, keepdims=True) + _ungroup(shared.sum(-1, keepdims=True), batch)
         out = mix(own, v, q.dtype) + _ungroup(mix(shared, prefix_v, q.dtype), batch)
-    out = (out / total).astype(q.dtype)
-    return out, (q, k, v, prefix, mask, prefix_mask, out, top + jnp.log(total))
+    out = checkpoint_name((out / total).astype(q.dtype), ATTENDED)
+    return out, (q, k, v, prefix, mask, prefix_mask, out, checkpoint_name(top + jnp.log(total), ATTENDED))
 
 
 def _through_softmax(scores, normaliser, d_out, values, delta, softcap):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from srl_jax.model.attention import attend
+from srl_jax.model.attention import ATTENDED, attend
 from srl_jax.model.families import ModelConfig, RopeScaling
 from srl_jax.model.flash import flash_attend
 from srl_jax.model.kv import KV, KeyColumns, as_columns, empty, store, width, write
@@ -224,7 +224,13 @@ class Block(nn.Module):
         return x + (RMSNorm(c.norm_eps, name="mlp_post_norm")(y) if c.post_norms else y), kv
 
 
-_REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
+}
 
 
 class Decoder(nn.Module):
@@ -233,8 +239,8 @@ class Decoder(nn.Module):
     Attributes:
       config: the model's shapes.
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
-      remat: what the backward pass recomputes: "none"; "dots" (everything but products with weights, which are
-        kept, those with quantised ones apart); "full" (each layer from its input alone).
+      remat: what the backward pass recomputes: "none"; "dots" (everything but attention and the products with
+        weights, quantised ones apart); "full" (each layer from its input alone).
       quantize: how the base's linear weights are stored: "none", or a scheme of model/quantize.py. The layers take
         them as they come; who makes or places weights asks here.
       attention: "xla", or the kernel of model/flash.py that passes over whole rows take.
