@@ -2,8 +2,8 @@
 
 Command:  python launch/sweep.py --config=configs/sweep_stage2.py --out=runs/stage2
 Hardware: 2 CPU cores, 6 GB.
-Time:     twelve runs; may be stopped and gone on with at any time.
-Result:   not measured.
+Time:     twelve runs of 20 to 30 minutes; may be stopped and gone on with at any time.
+Result:   reports/training/stage2.md
 
 Its data set is the demo's: python launch/prepare_data.py --config=configs/data_demo.py --out=data/demo
 The base's linear maps are in bfloat16, which on CPUs with AMX takes two thirds of float32's time; without AMX drop it.

@@ -29,6 +29,7 @@ from srl_jax.train_step import forward_logprobs
 # The start of an asynchronous one counts, its end is a wait; "end: all-reduce" is XLA's own mark.
 _COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?!-done)")
 _REPEATS = 3
+_WARM_UP = 5  # steps at most
 PARTS = ("prefill", "decode", "reward wait", "log-probs", "forward", "backward", "optimiser", "collectives", "host")
 
 
@@ -55,7 +56,7 @@ class Profile:
 
 
 def profile(config: TrainConfig, records: Iterator[Any], out: Path, steps: int) -> Profile:
-    """The mean of `steps` steps after a first one, which compiles; writes a trace of them under `out`.
+    """The mean of `steps` steps after those that compile; writes a trace of them under `out`.
 
     What the run itself writes goes to `out/run`. Raises `ConfigError` for a method that does not sample, and what `Run`
     raises.
@@ -67,10 +68,10 @@ def profile(config: TrainConfig, records: Iterator[Any], out: Path, steps: int) 
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a trace of every Python call would itself be most of the host's time
     with Run(config, out / "run") as run:
-        take_step(run, records, 0, None)
+        first = _warm_up(run, records)
         told = []
         with count_compiles() as compiled, jax.profiler.trace(str(out), profiler_options=options):
-            for step in range(1, 1 + steps):
+            for step in range(first, first + steps):
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
                     told.append(take_step(run, records, step, None).metrics)
         apart = _timed_apart(run, records)
@@ -82,6 +83,16 @@ def profile(config: TrainConfig, records: Iterator[Any], out: Path, steps: int) 
     collectives = {name: seconds / steps / devices for name, seconds in collective_seconds(out).items()}
     measured = {name: mean(f"seconds/{name}") for name in ("rollout", "reward_wait", "reference", "update", "step")}
     return Profile(divide(measured, apart, collectives), measured["step"], compiled.count)
+
+
+def _warm_up(run: Run, records: Iterator[Any]) -> int:
+    """Steps until one compiles nothing: what is left of a batch goes on as a smaller one, compiled when it is met."""
+    for step in range(_WARM_UP):
+        with count_compiles() as compiled:
+            take_step(run, records, step, None)
+        if not compiled.count:
+            break
+    return step + 1
 
 
 def divide(measured: dict[str, float], apart: dict[str, float], collectives: dict[str, float]) -> dict[str, float]:

@@ -32,6 +32,13 @@ class Prefix(NamedTuple):
     mask: Bool[Array, "P Lp"]
 
 
+class Packing(NamedTuple):
+    """How packed rows are cut: a prompt of Lp tokens, the real ones by `mask`, then completions of `length` each."""
+
+    mask: Bool[Array, "P Lp"]
+    length: int
+
+
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Angular frequency of each rotated pair, float32 [H/2]. Llama 3.1's stretch as in its reference code."""
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -89,16 +96,17 @@ class Scene(NamedTuple):
     prefix_distance: Int[Array, "P #G #T Lp"] | None
     prefix_lengths: Int[Array, "P"] | None
     columns: Int[Array, "B T"] | None  # of the cache, where each token's keys and values are written
+    prompt_distance: Int[Array, "1 Lp Lp"] | None  # within a packed row's prompt; `distance` is a completion's own
 
 
-def _prefix_distance(config: ModelConfig, prefix: Prefix, positions: Int[Array, "B T"]) -> Int[Array, "P #G #T Lp"]:
+def _prefix_distance(
+    config: ModelConfig, mask: Bool[Array, "P Lp"], positions: Int[Array, "P G T"]
+) -> Int[Array, "P #G #T Lp"]:
     """How far back each prompt position lies. Without windows it is 0 for all: what is real is seen."""
-    p, width = prefix.mask.shape
     if not config.windows:
-        return jnp.where(prefix.mask, 0, -1)[:, None, None, :]
-    queries = positions.reshape(p, -1, positions.shape[1])[..., None]
-    distance = queries - jnp.arange(width)[None, None, None, :]
-    return jnp.where(prefix.mask[:, None, None, :], distance, -1)
+        return jnp.where(mask, 0, -1)[:, None, None, :]
+    distance = positions[..., None] - jnp.arange(mask.shape[1])[None, None, None, :]
+    return jnp.where(mask[:, None, None, :], distance, -1)
 
 
 def _along_last(vector: Float[Array, "X"], like: Array) -> Array:
@@ -185,13 +193,36 @@ class Block(nn.Module):
         v = linear("v", c.n_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)(y)
         q = q.reshape(batch, t, c.n_heads, c.head_dim)
         k = k.reshape(batch, t, c.n_kv_heads, c.head_dim)
-        v = v.reshape(batch, t, c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        v = v.reshape(batch, t, c.n_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
         cos, sin = scene.cos[layer.rope], scene.sin[layer.rope]
         q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin).transpose(0, 2, 1, 3)
-        kv = None if self.kv_dtype is None else (store(k, self.kv_dtype), store(v, self.kv_dtype))
+        k = rotate(k, cos, sin)
+        if scene.prompt_distance is None:
+            y, kv = self._attend(q, k, v, layer, scene, scene.distance, prefix_kv)
+        else:
+            prompt, length = scene.prompt_distance.shape[-1], scene.distance.shape[-1]
+            first = lambda x: x[:, :prompt]
+            rows = lambda x: x[:, prompt:].reshape(-1, length, *x.shape[2:])
+            shared, prompt_kv = self._attend(*map(first, (q, k, v)), layer, scene, scene.prompt_distance)
+            own, kv = self._attend(*map(rows, (q, k, v)), layer, scene, scene.distance, prompt_kv)
+            y = jnp.concatenate([shared, own.reshape(batch, t - prompt, *own.shape[2:])], axis=1)
+        y = linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
+        x = x + (RMSNorm(c.norm_eps, name="attention_post_norm")(y) if c.post_norms else y)
+
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = linear("gate", c.d_ff, ("embed", "ff"))(y)
+        up = linear("up", c.d_ff, ("embed", "ff"))(y)
+        y = linear("down", c.d_model, ("ff", "embed"))(_ACTIVATIONS[c.activation](gate) * up)
+        kv = None if self.kv_dtype is None else kv
+        return x + (RMSNorm(c.norm_eps, name="mlp_post_norm")(y) if c.post_norms else y), kv
+
+    def _attend(self, q, k, v, layer: LayerData, scene: Scene, distance, prefix=None):
+        """What rows [B, T] attend to, [B, T, N, H], and their keys and values [B, K, T, H] as they are to be kept."""
+        c, t = self.config, q.shape[1]
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        kv = (k, v) if self.kv_dtype is None else (store(k, self.kv_dtype), store(v, self.kv_dtype))
         if self.has_variable("cache", "keys"):
             # The cache is the scan's carry, whole: as per-layer inputs and outputs XLA would copy it every step.
             cache_k = self.variable("cache", "keys", lambda: None)
@@ -203,25 +234,17 @@ class Block(nn.Module):
             k, v = jax.tree.map(of_layer, (cache_k.value, cache_v.value))
 
         def seen(distance):
-            return None if distance is None else (distance >= 0) & (distance < layer.window)
+            return (distance >= 0) & (distance < layer.window)
 
         # A decode step has no scores worth avoiding, and one token alone (variables being shaped) none at all.
         if self.attention != "xla" and scene.columns is None and t > 1:
-            lengths = scene.prefix_lengths
-            y = flash_attend(
-                q, k, v, prefix_kv, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh
-            )
+            lengths = None if prefix is None else scene.prefix_lengths
+            y = flash_attend(q, k, v, prefix, lengths, scale=c.attention_scale, kernel=self.attention, mesh=self.mesh)
         else:
-            masks = {"mask": seen(scene.distance), "prefix": prefix_kv, "prefix_mask": seen(scene.prefix_distance)}
+            before = None if prefix is None else seen(scene.prefix_distance)
+            masks = {"mask": seen(distance), "prefix": prefix, "prefix_mask": before}
             y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
-        y = linear("o", c.d_model, ("heads", "embed"))(y.reshape(batch, t, c.n_heads * c.head_dim))
-        x = x + (RMSNorm(c.norm_eps, name="attention_post_norm")(y) if c.post_norms else y)
-
-        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        gate = linear("gate", c.d_ff, ("embed", "ff"))(y)
-        up = linear("up", c.d_ff, ("embed", "ff"))(y)
-        y = linear("down", c.d_model, ("ff", "embed"))(_ACTIVATIONS[c.activation](gate) * up)
-        return x + (RMSNorm(c.norm_eps, name="mlp_post_norm")(y) if c.post_norms else y), kv
+        return y, kv
 
 
 _REMAT = {
@@ -263,6 +286,7 @@ class Decoder(nn.Module):
         prefix: Prefix | None = None,
         age: Int[Array, "B"] | None = None,
         kv_dtype: jnp.dtype | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KV, KV] | None]:
         """Final-norm hidden states of `tokens`; with `kv_dtype` every layer's keys and values [L, B, K, T, H] in it.
 
@@ -271,6 +295,8 @@ class Decoder(nn.Module):
         them; a column beyond the cache's end is dropped.
         In both cases it sees all real positions of its row's prompt in `prefix`. Windowed layers see the nearest of
         these only, by position: a row's own positions are consecutive, a prompt's start at 0.
+        With `packing` a row is a prompt and its G completions behind it, T = Lp + G * length: the prompt sees itself, a
+        completion the prompt and itself. There is no `prefix` then, nor a `cache`.
         """
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -282,7 +308,7 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         frequencies = jnp.asarray(rope_tables(c))[:, None, None, :]
         angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
-        columns = jnp.arange(tokens.shape[1])[None, :]
+        columns = jnp.arange(tokens.shape[1] if packing is None else packing.length)[None, :]
         keys = columns
         if age is not None:
             columns = age[:, None] + columns
@@ -303,10 +329,18 @@ class Decoder(nn.Module):
             name="layers",
         )  # fmt: skip
         prefix_kv = None if prefix is None else (prefix.k, prefix.v)
-        prefix_distance = None if prefix is None else _prefix_distance(c, prefix, positions)
-        prefix_lengths = None if prefix is None else prefix.mask.sum(-1)
+        prefix_distance = prefix_lengths = prompt_distance = None
+        if packing is not None:
+            places = jnp.arange(packing.mask.shape[1])
+            prompt_distance = (places[:, None] - places[None, :])[None]
+            positions = positions[:, len(places) :]
+        shared = packing or prefix
+        if shared is not None:
+            positions = positions.reshape(shared.mask.shape[0], -1, distance.shape[1])
+            prefix_distance, prefix_lengths = _prefix_distance(c, shared.mask, positions), shared.mask.sum(-1)
         columns = None if age is None else columns
-        scene = Scene(jnp.cos(angles), jnp.sin(angles), distance, prefix_distance, prefix_lengths, columns)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        scene = Scene(cos, sin, distance, prefix_distance, prefix_lengths, columns, prompt_distance)
         x, kv = layers(x, layer_data(c), prefix_kv, scene)
         return RMSNorm(c.norm_eps, name="final_norm")(x), kv
 
@@ -355,12 +389,15 @@ def completion_hidden(
     Equal to running each prompt + completion as a row of its own, in values and in gradients.
     """
     p, g, t = completions.shape
-    prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths)
+    places = jnp.broadcast_to(jnp.arange(prompt_tokens.shape[1])[None, :], prompt_tokens.shape)
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)
     inputs = jnp.concatenate([jnp.broadcast_to(last[:, :, None], (p, g, 1)), completions[:, :, :-1]], axis=-1)
-    positions = (prompt_lengths[:, None, None] - 1) + jnp.broadcast_to(jnp.arange(t)[None, None, :], (p, g, t))
-    hidden, _ = decoder.apply(variables, inputs.reshape(p * g, t), positions.reshape(p * g, t), prefix)
-    return hidden.reshape(p, g, t, -1)
+    after = (prompt_lengths[:, None, None] - 1) + jnp.broadcast_to(jnp.arange(t)[None, None, :], (p, g, t))
+    pack = lambda prompt, rows: jnp.concatenate([prompt, rows.reshape(p, g * t)], axis=1)
+    # As in `encode_prompts` the last prompt token is the first input of the rows instead.
+    packing = Packing(places < prompt_lengths[:, None] - 1, t)
+    hidden, _ = decoder.apply(variables, pack(prompt_tokens, inputs), pack(places, after), packing=packing)
+    return hidden[:, prompt_tokens.shape[1] :].reshape(p, g, t, -1)
 
 
 def mergeable(params: dict) -> bool:
