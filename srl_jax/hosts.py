@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -216,13 +217,18 @@ def together() -> Iterator[None]:
     """Names what a failed collective means: raises `HostLost` for it."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not jax.distributed.is_initialized() or not _of_the_runtime(error) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise HostLost(
             f"host {index()} of {count()} lost another one ({_first_line(error)}); see why that one ended, then start "
             "all hosts again with the same command: they go on from the last checkpoint"
         ) from error
+
+
+def _of_the_runtime(error: Exception) -> bool:
+    """Whether XLA raised it: as a ValueError where a CPU computes on the calling thread, which it does when little."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z_]{5,}: ", str(error)) is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,51 @@ def _start(processes: int, number: int, port: int, out: Path) -> subprocess.Pope
     )  # fmt: skip
 
 
+# Gathers of any size: what a CPU computes on the calling thread and what it hands to another fail differently.
+_GATHERS = """
+import sys
+from srl_jax import hosts
+hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+try:
+    with hosts.together():
+        while True:
+            hosts.share([bytes(int(sys.argv[3]))])
+            print("met", file=sys.stderr, flush=True)
+except hosts.HostLost as error:
+    hosts.ends_in_order()
+    print(error, flush=True)
+    import os
+    os._exit(5)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 1 << 22])
+def test_a_gather_with_a_killed_host_is_named(size):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", _GATHERS, address, str(number), str(size)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        for process in pair:
+            assert any(line == "met\n" for line in process.stderr), "it did not get to the first gather"
+        pair[1].kill()
+        out, err = pair[0].communicate(timeout=120)
+        assert pair[0].returncode == 5, err
+        assert out.splitlines()[-1].startswith("host 0 of 2 lost another one (") and "start all hosts again" in out
+        assert "host 1 of 2 was ended, by a kill or by JAX" in pair[1].communicate(timeout=120)[1]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+
+
 def _finish(process: subprocess.Popen) -> None:
     try:
         output, _ = process.communicate(timeout=600)
