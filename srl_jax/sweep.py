@@ -83,13 +83,19 @@ def load_recipe(path: Path) -> Any:
     return module.get_config()
 
 
-def plan(sweep: Sweep, out: Path) -> list[Job]:
+def plan(sweep: Sweep, out: Path, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) -> list[Job]:
     """Every job of the sweep, seed by seed, its configuration built and validated.
 
+    `seeds` replace the sweep's own; `overrides`, `field=value` with values as JSON or text, are added to its own.
     Raises `SweepError` for a cell that cannot run, or whose directory holds another configuration's run.
     """
     if not isinstance(sweep, Sweep):
         raise SweepError(f"a sweep file's get_config() must return a srl_jax.sweep.Sweep, not {type(sweep).__name__}")
+    sweep = dataclasses.replace(
+        sweep,
+        seeds=tuple(seeds) or sweep.seeds,
+        overrides={**sweep.overrides, **dict(map(_override, overrides))},
+    )
     if not sweep.cells or not sweep.seeds:
         raise SweepError("a sweep needs at least one cell and one seed")
     if len(set(sweep.seeds)) < len(sweep.seeds):
@@ -115,6 +121,16 @@ def plan(sweep: Sweep, out: Path) -> list[Job]:
                 )
             jobs.append(job)
     return jobs
+
+
+def _override(text: str) -> tuple[str, Any]:
+    field, _, value = text.partition("=")
+    if not field or not value:
+        raise SweepError(f"override {text!r} is no field=value, such as steps=10 or model.quantize=bfloat16")
+    try:
+        return field, json.loads(value)
+    except ValueError:
+        return field, value
 
 
 def _assign(config: TrainConfig, field: str, value: Any) -> None:

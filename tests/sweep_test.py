@@ -64,6 +64,19 @@ class TestPlan:
         assert all(job.config.steps == 7 and job.config.seed == job.seed for job in jobs)
         assert jobs[3].workdir == tmp_path / "b" / "seed1" and not list(tmp_path.iterdir())
 
+    def test_a_smaller_one_by_flags(self, tmp_path):
+        changes = ["steps=7", "model.quantize=bfloat16", "grpo.kl_coef=0.1"]
+        jobs = plan(sweep(overrides={"steps": 9}), tmp_path, seeds=[4], overrides=changes)
+        assert [(job.cell, job.seed, job.config.steps, job.config.grpo.kl_coef) for job in jobs] == [
+            ("a", 4, 7, 0.1), ("b", 4, 7, 0.25)
+        ]  # fmt: skip
+        assert all(job.config.model.quantize == "bfloat16" for job in jobs)
+
+    @pytest.mark.parametrize("override", ["steps", "steps=", "=7", "stepss=7", "steps=many", "steps=-1"])
+    def test_a_wrong_override_is_one_error(self, tmp_path, override):
+        with pytest.raises(SweepError, match=r"step|=7"):
+            plan(sweep(), tmp_path, overrides=[override])
+
     def test_a_cells_recipe_is_its_whole_configuration(self, tmp_path):
         changes = {"data.slice_weights": {"python/real": 1.0}, "model.source": "a'\"\\n"}
         [job, *_] = plan(sweep(cells={"x": changes}), tmp_path)
