@@ -25,17 +25,18 @@ def main() -> int:
     config = _CONFIG.value
     validate(config)
     try:
+        from srl_jax import bounded_http
         from srl_jax.sandbox import server
     except ModuleNotFoundError as error:
         raise ConfigError("", "server", f"{error}; pip install 'srl_jax[server]'") from error
     token = os.environ.get(SERVER_TOKEN, "")
-    if len(token) < server.MIN_TOKEN_LENGTH:
-        raise ConfigError("", f"${SERVER_TOKEN}", f"set it to {server.MIN_TOKEN_LENGTH} characters or more")
+    if len(token) < bounded_http.MIN_TOKEN_LENGTH:
+        raise ConfigError("", f"${SERVER_TOKEN}", f"set it to {bounded_http.MIN_TOKEN_LENGTH} characters or more")
     with open_host(config) as host:
         app = server.make_app(host.services, host.contract, token=token, runners=host.runners)
         about = f"{config.sandbox.workers} slots, {host.isolation}"
         print(f"reward server on http://{_HOST.value}:{_PORT.value}, {about}", flush=True)
-        server.make_server(app, host=_HOST.value, port=_PORT.value).run()
+        bounded_http.make_server(app, host=_HOST.value, port=_PORT.value).run()
     return 0
 
 

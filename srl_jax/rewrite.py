@@ -10,17 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from srl_jax.checkpoint import CheckpointError
-from srl_jax.config import MeshConfig, TrainConfig
-from srl_jax.exported import load_exported
+from srl_jax.config import TrainConfig
 from srl_jax.proposals import Proposal, Request, TestBench, judge, places_to_show, task_of
 from srl_jax.relevance import Place
 from srl_jax.rollout import decode_completions
-from srl_jax.run import Run
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import Sandbox
 from srl_jax.student import Student, pad_prompts
 from srl_jax.trace import Trace, TraceError, parse_trace, render_action
+from srl_jax.trained import open_trained
 from srl_jax.worktree import DirectoryError
 
 _EXCERPTS = (400, 180, 90)  # characters; the longest whose prompt fits is shown
@@ -89,30 +87,15 @@ def propose(config: TrainConfig | None, path: Path, request: Request) -> list[Pr
     """Proposals of the newest checkpoint of the run in `path`, the best first, all executed in the sandbox.
 
     Without a `config` `path` is what launch/export.py wrote, or any model that transformers loads. Raises
-    `CheckpointError` for a run without a checkpoint, `DirectoryError` for a directory or instruction that gives
-    nothing to do, and what `Run`, `load_exported` and `Sandbox` raise.
+    `DirectoryError` for a directory or instruction that gives nothing to do, and what `open_trained` and `Sandbox`
+    raise.
     """
     places_to_show(request)  # that there are none, or no tests, is known at once; the model takes long to load
     with Sandbox(request.sandbox()) as sandbox:
         bench = TestBench(sandbox, request.files, request.runner) if request.runner else None
-        traces = _of_export(path, request) if config is None else _of_run(config, path, request)
+        with open_trained(config, path) as (config, student, lora):
+            traces = _draw(student, lora, config, request)
         return judge(traces, request.files, sandbox, bench)
-
-
-def _of_export(path: Path, request: Request) -> _Drawn:
-    config, student, lora = load_exported(path)
-    return _draw(student, lora, config, request)
-
-
-def _of_run(config: TrainConfig, workdir: Path, request: Request) -> _Drawn:
-    if jax.device_count() > 1:
-        config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a few prompts do not split over devices
-    if config.sandbox.server:  # what scored its training; nothing is scored here
-        config = dataclasses.replace(config, sandbox=dataclasses.replace(config.sandbox, server=""))
-    with Run(config, workdir, read_only=True) as run:
-        if run.resume() is None:
-            raise CheckpointError(f"{workdir}: no checkpoint to rewrite with; train first")
-        return _draw(run.student, run.state.lora, config, request)
 
 
 def _draw(student: Student, lora: dict | None, config: TrainConfig, request: Request) -> _Drawn:

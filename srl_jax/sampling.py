@@ -383,12 +383,13 @@ def sample(
       variables: `{"params": ...}`, and `{"lora": ...}` when the adapters are not merged into the params.
       automaton: the grammar; `grammar.free_automaton` samples without constraint.
       prompt_tokens, prompt_lengths: right-padded prompts of at least two tokens.
-      key: one JAX PRNG key; with the same key a row gets the same tokens whatever else is in the batch.
+      key: one JAX PRNG key, or one for each of the N * group_size rows; with the same key a row gets the same tokens
+        whatever else is in the batch.
       pad_id: written after a completion's end.
       slots: prompts decoded at once; the others wait until all of a group is done. 0: all N.
     """
     count = prompt_tokens.shape[0]
-    keys = row_keys(key, count * group_size)
+    keys = key if key.ndim else row_keys(key, count * group_size)
     start = partial(prefill, decoder, variables, automaton, group_size=group_size, settings=settings, pad_id=pad_id)
     go_on = partial(decode, decoder, variables, automaton, settings=settings)
     if jax.process_count() > 1:

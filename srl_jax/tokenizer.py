@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,10 @@ class Tokenizer:
     def encode_prompt(self, task: Task, *, few_shot: int = 1) -> list[int]:
         """Ids of `render_prompt(task)`, the task's own text encoded without special tokens."""
         return self.encode_pieces(prompt_pieces(task, few_shot=few_shot, chat=self.has_chat_markers))
+
+    def encode_conversation(self, messages: Iterable[tuple[str, str]]) -> list[int]:
+        """Ids of a conversation of (role, text), up to the opened assistant turn; see `conversation_pieces`."""
+        return self.encode_pieces(conversation_pieces(messages, chat=self.has_chat_markers))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens as their text; bytes that are not UTF-8 become U+FFFD."""
@@ -377,18 +382,33 @@ def prompt_pieces(task: Task, *, few_shot: int = 1, chat: bool = True) -> list[s
     if few_shot not in (0, 1):
         raise ValueError(f"few_shot must be 0 or 1, not {few_shot}")
 
-    def turn(role: str, *content: str | Special) -> list[str | Special]:
-        if chat:
-            return [Special("<|im_start|>"), f"{role}\n", *content, Special("<|im_end|>"), "\n"]
-        return [f"{role.capitalize()}: ", *content, "\n\n"]
-
+    turn = partial(_turn, chat)
     pieces = turn("system", *_with_tags(_SYSTEM))
     if few_shot:
         request, answer = _worked_example(task.language)
         pieces += turn("user", request) + turn("assistant", *answer)
     files = [(file.path, file.text) for file in task.context]
     pieces += turn("user", _request(task.language, task.instruction, task.prior_state, files))
-    return pieces + ([Special("<|im_start|>"), "assistant\n"] if chat else ["Assistant: "])
+    return pieces + _opening(chat)
+
+
+def conversation_pieces(messages: Iterable[tuple[str, str]], *, chat: bool = True) -> list[str | Special]:
+    """(role, text) turns as `prompt_pieces` renders its own: tags are special but in what a user says."""
+    pieces: list[str | Special] = []
+    for role, text in messages:
+        pieces += _turn(chat, role, *([text] if role == "user" else _with_tags(text)))
+    return pieces + _opening(chat)
+
+
+def _turn(chat: bool, role: str, *content: str | Special) -> list[str | Special]:
+    if chat:
+        return [Special("<|im_start|>"), f"{role}\n", *content, Special("<|im_end|>"), "\n"]
+    return [f"{role.capitalize()}: ", *content, "\n\n"]
+
+
+def _opening(chat: bool) -> list[str | Special]:
+    """The assistant's turn, to be written."""
+    return [Special("<|im_start|>"), "assistant\n"] if chat else ["Assistant: "]
 
 
 def render_prompt(task: Task, *, few_shot: int = 1, chat: bool = True) -> str:

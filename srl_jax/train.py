@@ -5,16 +5,18 @@ and SIGTERM save first. On several hosts every process runs this same loop; the 
 next is decided by values that all have alike (srl_jax/hosts.py).
 """
 
+import fcntl
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from srl_jax import control, hosts
+from srl_jax.checkpoint import CheckpointError
 from srl_jax.compiles import count_compiles
 from srl_jax.config import TrainConfig, config_hash
 from srl_jax.environment import ENVIRONMENT_FILE, check_same, data_hash, environment
@@ -101,8 +103,32 @@ def train(
     with StopRequested() as stop, hosts.together():
         if hosts.count() > 1:
             hosts.check(config, workdir, {"the configuration": config_hash(config), "the data": data_hash(config)})
-        with Run(config, workdir) as run, hosts.together():
+        with _alone_in(Path(workdir)), Run(config, workdir) as run, hosts.together():
             return _train(run, stream, held_out, corpus, stop, repeats)
+
+
+@contextmanager
+def _alone_in(workdir: Path) -> Iterator[None]:
+    """Keeps a second trainer out, whose lines and checkpoints would mix with this one's; raises `CheckpointError`.
+
+    The kernel ends the lock with the process, however that dies, and no process started by it inherits the lock.
+    """
+
+    def take() -> bool:
+        lock = stack.enter_context((workdir / ".lock").open("a"))
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if not hosts.from_first(take):
+            raise CheckpointError(
+                f"{workdir}: another process trains there; wait for its end, or give another --workdir"
+            )
+        yield
 
 
 def _train(

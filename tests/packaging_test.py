@@ -38,7 +38,12 @@ RUNTIME = requirements(SETUP["options"]["install_requires"])
 EXTRAS = {name: requirements(text) for name, text in SETUP["options.extras_require"].items()}
 # Which files alone may import what an extra brings.
 EXTRA_FILES = {
-    "server": ("srl_jax/sandbox/server.py", "srl_jax/sandbox/client.py"),
+    "server": (
+        "srl_jax/bounded_http.py",
+        "srl_jax/serving.py",
+        "srl_jax/sandbox/server.py",
+        "srl_jax/sandbox/client.py",
+    ),
     "ray": ("srl_jax/sandbox/cluster.py", "data_pipeline/executor.py"),
     "bench": ("srl_jax/bench/peer_*.py",),
 }

@@ -21,12 +21,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from srl_jax import assets
+from srl_jax.bounded_http import ServerLimits
 from srl_jax.config import ConfigError, SandboxSettings
 from srl_jax.rewards import REWARD_VERSION, RewardConfig
 from srl_jax.run import Run
 from srl_jax.sandbox import EngineResult, EnvReport, SandboxConfig, SandboxCrash, Status
 from srl_jax.sandbox.client import ClientConfig, RemoteRewardService
-from srl_jax.sandbox.server import ServerLimits, make_app, make_server
+from srl_jax.sandbox.server import make_app
 from srl_jax.sandbox.service import RewardService, Score, ScoreRequest, ServiceConfig
 from srl_jax.sandbox.wire import (
     SERVER_TOKEN,
@@ -41,6 +42,7 @@ from srl_jax.sandbox.wire import (
 from srl_jax.tokenizer import load_tokenizer
 from srl_jax.trace import parse_trace, render_trace
 from tests.fakes import HashEmbedder, teacher_record, tiny_config
+from tests.http_server import running
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a token of some length"
@@ -82,20 +84,8 @@ def serving(sandbox=None, port=0, limits=None, contract=CONTRACT, **config):
         RewardService(HashEmbedder(), words, sandbox=sandbox or FakeSandbox(), config=ServiceConfig(**config)) as judge,
     ):
         app = make_app({False: plain, True: judge}, contract, token=TOKEN, runners=RUNNERS, limits=limits)
-        server = make_server(app, host="127.0.0.1", port=port, limits=limits)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            deadline = time.monotonic() + 20
-            while not server.started and thread.is_alive() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert server.started
-            host, bound = server.servers[0].sockets[0].getsockname()[:2]
-            yield f"http://{host}:{bound}", server
-        finally:
-            server.should_exit = True
-            thread.join(20)
-        assert not thread.is_alive()
+        with running(app, port, limits) as (url, server):
+            yield url, server
 
 
 def client(url, token=TOKEN, contract=CONTRACT, execute=False, config=HURRIED):

@@ -142,6 +142,8 @@ def test_killed_then_stopped_it_goes_on_as_if_it_had_never_been_interrupted(data
     killed = start(data, workdir)
     wait_for_step(killed, workdir, 3)
     time.sleep(0.1)
+    killed.send_signal(signal.SIGSTOP)
+    assert "run: another process trains there" in the_error(finish(start(data, workdir)))
     killed.send_signal(signal.SIGKILL)
     assert finish(killed)[0] == -signal.SIGKILL
     assert not (workdir / "checkpoints" / str(STEPS)).exists()

@@ -1,0 +1,35 @@
+"""A trained student to be used: the newest checkpoint of a run, or what launch/export.py wrote."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from srl_jax.checkpoint import CheckpointError
+from srl_jax.config import MeshConfig, TrainConfig
+from srl_jax.exported import load_exported
+from srl_jax.run import Run
+from srl_jax.student import Student
+
+
+@contextlib.contextmanager
+def open_trained(config: TrainConfig | None, path: Path) -> Iterator[tuple[TrainConfig, Student, dict | None]]:
+    """(how the student is prompted and sampled, the student, its adapters), on one device.
+
+    With a `config`, `path` is the directory of its run, which is only read; without, an export, or any model that
+    transformers loads. Raises `CheckpointError` for a run without a checkpoint, and what `Run` and `load_exported`
+    raise.
+    """
+    if config is None:
+        yield load_exported(path)
+        return
+    if jax.device_count() > 1:
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a few prompts do not split over devices
+    if config.sandbox.server:  # what scored its training; nothing is scored here
+        config = dataclasses.replace(config, sandbox=dataclasses.replace(config.sandbox, server=""))
+    with Run(config, path, read_only=True) as run:
+        if run.resume() is None:
+            raise CheckpointError(f"{path}: no checkpoint to use; train first")
+        yield config, run.student, run.state.lora
