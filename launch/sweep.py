@@ -18,6 +18,7 @@ from srl_jax.sweep_report import write_sweep_report
 _CONFIG = flags.DEFINE_string("config", None, "Sweep: a file in configs/ whose get_config() returns a Sweep.")
 _OUT = flags.DEFINE_string("out", None, "Where the cells' runs and the table go.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Seeds to train under instead of the sweep's own, such as 0,1.")
+_CELLS = flags.DEFINE_list("cells", [], "Cells to train instead of all, the first as the reference, such as srl,sft.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "field=value in every cell, such as steps=10; may be repeated.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1, upper_bound=64)
 _DEVICES = flags.DEFINE_list(
@@ -30,7 +31,8 @@ flags.mark_flags_as_required(["config", "out"])
 
 def main() -> int:
     out = Path(_OUT.value)
-    jobs = plan(load_recipe(Path(_CONFIG.value)), out, [int(seed) for seed in _SEEDS.value], _OVERRIDES.value)
+    sweep, seeds = load_recipe(Path(_CONFIG.value)), [int(seed) for seed in _SEEDS.value]
+    jobs = plan(sweep, out, seeds, _OVERRIDES.value, cells=_CELLS.value)
     out.mkdir(parents=True, exist_ok=True)
     finished = True
     if not _REPORT_ONLY.value:

@@ -83,10 +83,17 @@ def load_recipe(path: Path) -> Any:
     return module.get_config()
 
 
-def plan(sweep: Sweep, out: Path, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) -> list[Job]:
+def plan(
+    sweep: Sweep,
+    out: Path,
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    *,
+    cells: Sequence[str] = (),
+) -> list[Job]:
     """Every job of the sweep, seed by seed, its configuration built and validated.
 
-    `seeds` replace the sweep's own; `overrides`, `field=value` with values as JSON or text, are added to its own.
+    `seeds` replace the sweep's own; `cells` are the ones to take, in that order, all by default; `overrides`, `field=value` with values as JSON or text, are added to its own.
     Raises `SweepError` for a cell that cannot run, or whose directory holds another configuration's run.
     """
     if not isinstance(sweep, Sweep):
@@ -96,6 +103,11 @@ def plan(sweep: Sweep, out: Path, seeds: Sequence[int] = (), overrides: Sequence
         seeds=tuple(seeds) or sweep.seeds,
         overrides={**sweep.overrides, **dict(map(_override, overrides))},
     )
+    for cell in cells:
+        if cell not in sweep.cells:
+            raise SweepError(f"cell {cell!r}: not in the sweep, which has {', '.join(sweep.cells)}")
+    if cells:
+        sweep = dataclasses.replace(sweep, cells={cell: sweep.cells[cell] for cell in cells})
     if not sweep.cells or not sweep.seeds:
         raise SweepError("a sweep needs at least one cell and one seed")
     if len(set(sweep.seeds)) < len(sweep.seeds):

@@ -72,6 +72,12 @@ class TestPlan:
         ]  # fmt: skip
         assert all(job.config.model.quantize == "bfloat16" for job in jobs)
 
+    def test_some_cells_in_the_order_given(self, tmp_path):
+        jobs = plan(sweep(), tmp_path, seeds=[0], cells=["b", "a"])
+        assert [(job.cell, job.config.grpo.kl_coef) for job in jobs] == [("b", 0.25), ("a", TrainConfig().grpo.kl_coef)]
+        with pytest.raises(SweepError, match="cell 'c': not in the sweep, which has a, b"):
+            plan(sweep(), tmp_path, cells=["a", "c"])
+
     @pytest.mark.parametrize("override", ["steps", "steps=", "=7", "stepss=7", "steps=many", "steps=-1"])
     def test_a_wrong_override_is_one_error(self, tmp_path, override):
         with pytest.raises(SweepError, match=r"step|=7"):
