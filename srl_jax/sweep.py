@@ -93,7 +93,8 @@ def plan(
 ) -> list[Job]:
     """Every job of the sweep, seed by seed, its configuration built and validated.
 
-    `seeds` replace the sweep's own; `cells` are the ones to take, in that order, all by default; `overrides`, `field=value` with values as JSON or text, are added to its own.
+    `seeds` replace the sweep's own; `cells` are the ones to take, in that order, all by default; `overrides`,
+    `field=value` with values as JSON or text, are added to its own.
     Raises `SweepError` for a cell that cannot run, or whose directory holds another configuration's run.
     """
     if not isinstance(sweep, Sweep):

@@ -73,8 +73,8 @@ class TestPlan:
         assert all(job.config.model.quantize == "bfloat16" for job in jobs)
 
     def test_some_cells_in_the_order_given(self, tmp_path):
-        jobs = plan(sweep(), tmp_path, seeds=[0], cells=["b", "a"])
-        assert [(job.cell, job.config.grpo.kl_coef) for job in jobs] == [("b", 0.25), ("a", TrainConfig().grpo.kl_coef)]
+        jobs = plan(sweep(overrides={"grpo.kl_coef": 0.1}), tmp_path, seeds=[0], cells=["b", "a"])
+        assert [(job.cell, job.config.grpo.kl_coef) for job in jobs] == [("b", 0.25), ("a", 0.1)]
         with pytest.raises(SweepError, match="cell 'c': not in the sweep, which has a, b"):
             plan(sweep(), tmp_path, cells=["a", "c"])
 
