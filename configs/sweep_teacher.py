@@ -12,6 +12,8 @@ Its data sets, each from a teacher.yaml that differs in one number, with one sto
     python launch/prepare_data.py --config=configs/data_demo.py --teacher=teacher-$t.yaml --store=data/teacher \
       --out=data/teacher-$t
   done
+
+configs/teacher_student.yaml in place of teacher.yaml has a student of ours, served by launch/serve.py, teach.
 """
 
 from srl_jax.sweep import Sweep

@@ -16,6 +16,7 @@ from srl_jax.floors import COMMON_TRACE_SAMPLE
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Where the evaluation goes; default: the run's directory.")
+_DATA = flags.DEFINE_string("data", None, "Data set whose tasks are asked; default: the run's own.")
 _SPLIT = flags.DEFINE_enum("split", None, ["test", "dev"], "Which held-out tasks; default: the run's own choice.")
 _TASKS = flags.DEFINE_integer("max_tasks", None, "At most so many tasks; default: the run's own choice.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Answers sampled to each task, for pass@k; 0: none.", lower_bound=0)
@@ -31,7 +32,7 @@ def main() -> int:
     config.eval.split = _SPLIT.value or config.eval.split
     config.eval.max_tasks = config.eval.max_tasks if _TASKS.value is None else _TASKS.value
     validate(config)
-    held_out = read_split(config.data.dir, config.eval.split)
+    held_out = read_split(_DATA.value or config.data.dir, config.eval.split)
     corpus = read_sample(config.data.dir, "train", COMMON_TRACE_SAMPLE)
     rules = split_rules(config.data.dir, "train")
 

@@ -32,11 +32,11 @@ def main() -> int:
     token = os.environ.get(SERVER_TOKEN, "")
     if len(token) < bounded_http.MIN_TOKEN_LENGTH:
         raise ConfigError("", f"${SERVER_TOKEN}", f"set it to {bounded_http.MIN_TOKEN_LENGTH} characters or more")
-    with open_host(config) as host:
+    with bounded_http.listen(_HOST.value, _PORT.value) as listening, open_host(config) as host:
         app = server.make_app(host.services, host.contract, token=token, runners=host.runners)
         about = f"{config.sandbox.workers} slots, {host.isolation}"
         print(f"reward server on http://{_HOST.value}:{_PORT.value}, {about}", flush=True)
-        bounded_http.make_server(app, host=_HOST.value, port=_PORT.value).run()
+        bounded_http.make_server(app).run(sockets=[listening])
     return 0
 
 

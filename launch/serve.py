@@ -1,8 +1,9 @@
 """Serve a student as a teacher or an editor's model: `python launch/serve.py --workdir=runs/demo --port=8000`.
 
-An OpenAI-compatible endpoint (`base_url` http://127.0.0.1:8000/v1) whose answers always parse, for
-`configs/teacher.yaml`, `launch/rewrite.py --teacher`, or any client. It writes text and executes nothing. With
-$SRL_JAX_API_KEY set, that is asked for; beyond the loopback it must be, and the connection is not encrypted.
+An OpenAI-compatible endpoint (`base_url` http://127.0.0.1:8000/v1) for `configs/teacher.yaml`, `launch/rewrite.py
+--teacher`, or any client. Its answers always parse, unless the run was trained without the grammar. It writes text and
+executes nothing. With $SRL_JAX_API_KEY set, that is asked for; beyond the loopback it must be, and the connection is
+not encrypted.
 Exit code: 0 stopped by a signal after answering what was taken, 2 a mistake in flags, run or machine.
 """
 
@@ -39,12 +40,14 @@ def main() -> int:
     from srl_jax.trained import open_trained
 
     config = read_config(Path(_WORKDIR.value)) if _WORKDIR.value else None
-    with open_trained(config, Path(_WORKDIR.value or _MODEL.value)) as (config, student, lora):
+    path = Path(_WORKDIR.value or _MODEL.value)
+    with bounded_http.listen(_HOST.value, _PORT.value) as listening, open_trained(config, path) as opened:
+        config, student, lora = opened
         width = _MAX_PROMPT_TOKENS.value or config.data.max_prompt_tokens
         with serving.Batcher(student, lora, max_prompt_tokens=width, rows=_ROWS.value) as batcher:
             app = serving.make_app(batcher, name=_NAME.value, token=token)
             print(f"{_NAME.value} on http://{_HOST.value}:{_PORT.value}/v1, {width} tokens a prompt", flush=True)
-            bounded_http.make_server(app, host=_HOST.value, port=_PORT.value).run()
+            bounded_http.make_server(app, limits=serving.LIMITS).run(sockets=[listening])
     return 0
 
 

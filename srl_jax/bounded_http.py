@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from srl_jax.config import ConfigError
+
 MIN_TOKEN_LENGTH = 16
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """`threads` requests are worked on at once; up to `max_requests` are taken, the others wait inside the server.
+    """Up to `max_requests` are taken; the reward service works on `threads` of them at once, the others wait inside.
 
     Clients read an answer after they have sent their body, so what is left of one that is refused is read and thrown
     away, for `discard_s` at most.
@@ -123,10 +127,31 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
     return Bounded
 
 
-def make_server(app: FastAPI, *, host: str, port: int, limits: ServerLimits | None = None) -> uvicorn.Server:
-    """A server for `app`; `.run()` serves until SIGINT or SIGTERM, then finishes what it has taken."""
+class _Server(uvicorn.Server):
+    """Returns after the signal that stopped it; uvicorn's own raises it once more, and the process dies of it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket for `make_server(...).run(sockets=[...])`; raises `ConfigError` where the address is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError("", "--port", f"{host}:{port} is not to be had ({error.strerror}); give another") from error
+
+
+def make_server(
+    app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, limits: ServerLimits | None = None
+) -> uvicorn.Server:
+    """A server for `app`; `.run()` serves until SIGINT or SIGTERM, then finishes what it has taken and returns."""
     limits = limits or ServerLimits()
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             app,
             host=host,
@@ -137,7 +162,7 @@ def make_server(app: FastAPI, *, host: str, port: int, limits: ServerLimits | No
             log_level="warning",
             access_log=False,
             server_header=False,
-            backlog=2048,
+            backlog=_BACKLOG,
             timeout_keep_alive=int(limits.header_s),
         )
     )

@@ -213,7 +213,7 @@ class Checkpointer:
                     wanted.get(name, "absent"),
                     "config.lora, config.model and config.optim must be those the run was started with",
                 )
-        if meta["config"] != current["config"]:
+        if meta["config"] != current["config"] and not self._read_only:
             logging.warning("%s was saved under another configuration; going on with the present one", directory)
 
     def _abandoned_save(self, error: Exception) -> CheckpointError:

@@ -93,9 +93,13 @@ def propose(config: TrainConfig | None, path: Path, request: Request) -> list[Pr
     places_to_show(request)  # that there are none, or no tests, is known at once; the model takes long to load
     with Sandbox(request.sandbox()) as sandbox:
         bench = TestBench(sandbox, request.files, request.runner) if request.runner else None
-        with open_trained(config, path) as (config, student, lora):
-            traces = _draw(student, lora, config, request)
-        return judge(traces, request.files, sandbox, bench)
+        return judge(_ask(config, path, request), request.files, sandbox, bench)
+
+
+def _ask(config: TrainConfig | None, path: Path, request: Request) -> _Drawn:
+    """What the policy proposes; its weights are let go before anything is executed."""
+    with open_trained(config, path) as (config, student, lora):
+        return _draw(student, lora, config, request)
 
 
 def _draw(student: Student, lora: dict | None, config: TrainConfig, request: Request) -> _Drawn:

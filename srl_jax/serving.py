@@ -5,17 +5,19 @@
     GET  /healthz               200 while the server takes requests
 
 What waits together is sampled together; an answer depends on its own conversation, settings and seed alone, not on its
-neighbours. Sampling settings are compiled in: the first request with a new temperature or top_p waits for that. A
-streamed answer comes in one piece, when its batch is done.
+neighbours. Temperature and top_p, to two decimals, and the size of a batch are compiled in: what is new in these is
+compiled once, and everybody waits for it. A streamed answer comes in one piece, when its batch is done. A client that
+is gone before its batch begins is left out.
 """
 
+import asyncio
 import dataclasses
 import json
+import logging
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Annotated, Any, Literal
 
@@ -24,17 +26,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from srl_jax.bounded_http import Load, Refused, ServerLimits, authorise
 from srl_jax.sampling import SamplingConfig, sample
 from srl_jax.student import Student, pad_prompts
 
+log = logging.getLogger(__name__)
+
 LIMITS = ServerLimits(max_body_bytes=1 << 20, max_total_bytes=64 << 20, max_requests=256)
 _GATHER_S = 0.02  # how long the first of a batch waits for others
 # top_p keeps of the likeliest so many tokens; beyond them a trained student has no mass worth keeping.
 _TOP_K = 64
+_LOOK_S = 1.0  # how often it is seen whether a client is still there
 
 
 class Message(BaseModel):
@@ -58,6 +63,11 @@ class Asked(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     n: Literal[1] = 1
     stream: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Batcher:
         self._student, self._variables = student, student.sampling_variables(lora)
         self._width, self._rows = max_prompt_tokens, rows
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="batcher")
 
     def __enter__(self) -> "Batcher":
@@ -92,6 +103,8 @@ class Batcher:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Ends the batch that is being sampled; what still waits is cancelled."""
+        self._closing = True
         self._queue.put(None)
         self._thread.join()
 
@@ -105,10 +118,11 @@ class Batcher:
         for name in ("max_tokens", "max_completion_tokens"):
             if (given := getattr(asked, name)) is not None and given < budget:
                 raise Refused(400, f"{name} is {given}; a trace has the {budget} tokens that the student learnt with")
-        top_k = _TOP_K if asked.top_p < 1.0 and asked.temperature > 0 else 0
-        settings = dataclasses.replace(
-            student.sampling, temperature=round(asked.temperature, 2), top_k=top_k, top_p=asked.top_p if top_k else 1.0
-        )
+        temperature, top_p = round(asked.temperature, 2), max(0.01, round(asked.top_p, 2))
+        if temperature == 0.0:
+            top_p = 1.0
+        top_k = _TOP_K if top_p < 1.0 else 0
+        settings = dataclasses.replace(student.sampling, temperature=temperature, top_k=top_k, top_p=top_p)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         waiting = _Waiting(ids, seed, settings, Future())
         self._queue.put(waiting)
@@ -116,24 +130,12 @@ class Batcher:
 
     def _work(self) -> None:
         held: list[_Waiting] = []
-        open_ = True
-        while open_ or held:
-            if not held:
-                if (first := self._queue.get()) is None:
-                    return
-                held.append(first)
-            deadline = time.monotonic() + _GATHER_S
-            while open_ and len(held) < self._rows:
-                try:
-                    more = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-                except queue.Empty:
-                    break
-                if more is None:
-                    open_ = False
-                else:
-                    held.append(more)
+        while self._gather(held):
             alike = [one for one in held if one.settings == held[0].settings][: self._rows]
             held = [one for one in held if all(one is not taken for taken in alike)]
+            alike = [one for one in alike if one.answer.set_running_or_notify_cancel()]
+            if not alike:
+                continue
             try:
                 answers = self._sample(alike)
             except Exception as error:  # a failed batch is its own requests' affair; the next one is served
@@ -142,6 +144,25 @@ class Batcher:
             else:
                 for one, said in zip(alike, answers, strict=True):
                     one.answer.set_result(said)
+        while not self._queue.empty():
+            held += filter(None, [self._queue.get()])
+        for one in held:
+            one.answer.cancel()
+
+    def _gather(self, held: list[_Waiting]) -> bool:
+        """Adds to `held` what comes within `_GATHER_S` of the first, a batch at most; False when it is to end."""
+        deadline = time.monotonic() + _GATHER_S
+        while len(held) < self._rows and not self._closing:
+            try:
+                more = self._queue.get(timeout=max(0.0, deadline - time.monotonic()) if held else None)
+            except queue.Empty:
+                break
+            if more is None:
+                return False
+            if not held:
+                deadline = time.monotonic() + _GATHER_S
+            held.append(more)
+        return not self._closing
 
     def _sample(self, batch: list[_Waiting]) -> list[Said]:
         student = self._student
@@ -180,11 +201,11 @@ def make_app(batcher: Batcher, *, name: str, token: str = "", limits: ServerLimi
                 raise Refused(400, f"{field}: {first['msg']}") from error
             if asked.model != name:
                 raise Refused(404, f"the model here is {name!r}, not {asked.model[:100]!r}")
-            answer = batcher.submit(asked)
-            said = await anyio.to_thread.run_sync(answer.result, abandon_on_cancel=True)
-        whole = _reply(name, said)
+            # Many tokens to count are no work for the event loop.
+            answer = asyncio.wrap_future(await anyio.to_thread.run_sync(batcher.submit, asked))
+            whole = _reply(name, await _told(request, answer))
         if asked.stream:
-            return StreamingResponse(_events(whole), media_type="text/event-stream")
+            return Response(_events(whole), media_type="text/event-stream")
         return JSONResponse(whole)
 
     @app.post("/v1/chat/completions")
@@ -192,11 +213,15 @@ def make_app(batcher: Batcher, *, name: str, token: str = "", limits: ServerLimi
         try:
             return await take(request)
         except Refused as refusal:
-            kind = {"message": refusal.reason, "type": "invalid_request_error"}
-            return JSONResponse({"error": kind}, refusal.status, dict(refusal.headers))
+            return _error(refusal)
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
+        try:
+            if token:
+                authorise(request, token)
+        except Refused as refusal:
+            return _error(refusal)
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "srl_jax"}]})
 
     @app.get("/healthz")
@@ -227,13 +252,35 @@ def _reply(name: str, said: Said) -> dict[str, Any]:
     }
 
 
-def _events(whole: dict[str, Any]) -> Iterator[str]:
+def _events(whole: dict[str, Any]) -> str:
     """The same answer as server-sent events: its text, how it ended, the end."""
     choice = whole["choices"][0]
+    pieces = []
     for delta, finish in ((choice["message"], None), ({}, choice["finish_reason"])):
         piece = {"index": 0, "delta": delta, "finish_reason": finish}
         chunk = {**whole, "object": "chat.completion.chunk", "choices": [piece]}
         if finish is None:
             chunk.pop("usage")
-        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-    yield "data: [DONE]\n\n"
+        pieces.append(json.dumps(chunk, ensure_ascii=False))
+    return "".join(f"data: {piece}\n\n" for piece in (*pieces, "[DONE]"))
+
+
+async def _told(request: Request, answer: asyncio.Future[Said]) -> Said:
+    """The answer, unless the client goes first; raises `Refused` where there is none."""
+    while not answer.done():
+        await asyncio.wait([answer], timeout=_LOOK_S)
+        if not answer.done() and await request.is_disconnected():
+            answer.cancel()
+            raise Refused(499, "the client is gone")
+    if answer.cancelled():
+        raise Refused(503, "the server is stopping")
+    if (error := answer.exception()) is not None:
+        log.error("a batch failed", exc_info=error)
+        raise Refused(500, "sampling failed; the server's log says why")
+    return answer.result()
+
+
+def _error(refusal: Refused) -> Response:
+    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+    body = {"error": {"message": refusal.reason, "type": kind}}
+    return JSONResponse(body, refusal.status, dict(refusal.headers))

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from absl import logging
+
 from srl_jax import control, hosts
 from srl_jax.checkpoint import CheckpointError
 from srl_jax.compiles import count_compiles
@@ -118,8 +120,10 @@ def _alone_in(workdir: Path) -> Iterator[None]:
         lock = stack.enter_context((workdir / ".lock").open("a"))
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # POSIX leaves open which of the two
             return False
+        except OSError as error:  # some network file systems know no locks
+            logging.warning("%s: cannot be locked (%s); see to it that nothing else trains there", workdir, error)
         return True
 
     workdir.mkdir(parents=True, exist_ok=True)

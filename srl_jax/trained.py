@@ -27,8 +27,13 @@ def open_trained(config: TrainConfig | None, path: Path) -> Iterator[tuple[Train
         return
     if jax.device_count() > 1:
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a few prompts do not split over devices
-    if config.sandbox.server:  # what scored its training; nothing is scored here
-        config = dataclasses.replace(config, sandbox=dataclasses.replace(config.sandbox, server=""))
+    # Nothing is scored here, so neither a sandbox nor the server that scored its training is needed.
+    config = dataclasses.replace(
+        config,
+        sandbox=dataclasses.replace(config.sandbox, server=""),
+        eval=dataclasses.replace(config.eval, execute=False),
+        reward=dataclasses.replace(config.reward, execution=0.0, match_gate=0.0),
+    )
     with Run(config, path, read_only=True) as run:
         if run.resume() is None:
             raise CheckpointError(f"{path}: no checkpoint to use; train first")

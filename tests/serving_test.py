@@ -1,6 +1,7 @@
 """A served student: what it says always parses, and depends on what it was asked alone."""
 
 import dataclasses
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from data_pipeline.endpoint import EndpointTeacher
 from data_pipeline.teacher_config import Limits, load_teacher_config
-from srl_jax.bounded_http import ServerLimits
+from srl_jax.bounded_http import ServerLimits, listen
+from srl_jax.config import ConfigError
 from srl_jax.rollout import decode_completions
 from srl_jax.serving import Batcher, make_app
 from srl_jax.tokenizer import prompt_pieces, render_prompt
@@ -151,8 +153,18 @@ def test_a_request_that_cannot_be_answered_is_told_why(url, body, status, named)
     assert named in response.json()["error"]["message"]
 
 
+def test_nulls_are_what_is_not_said(url):
+    nulls = dict.fromkeys(("temperature", "top_p", "max_tokens", "n", "stream"))
+    assert said(url, asking(**nulls)) == said(url, {k: v for k, v in asking().items() if k not in nulls})
+
+
+def test_a_top_p_next_to_nothing_keeps_the_likeliest(url):
+    assert said(url, asking(top_p=1e-60, seed=1)) == said(url, asking(top_p=0.01, seed=2))
+
+
 def test_who_does_not_know_the_key_gets_nothing(url):
     assert post(url, asking(), token="another key of the same length").status_code == 401
+    assert httpx.get(f"{url}/models").status_code == 401
 
 
 def test_a_batch_that_fails_is_its_own_requests_affair(student, lora, monkeypatch):
@@ -165,3 +177,35 @@ def test_a_batch_that_fails_is_its_own_requests_affair(student, lora, monkeypatc
             with pytest.raises(ZeroDivisionError):
                 batcher.submit(asked).result(60)
         parse_trace(batcher.submit(asked).result(120).text)
+
+
+def test_what_waits_at_the_end_is_cancelled(student, lora, monkeypatch):
+    from srl_jax import serving
+
+    begun, go_on = threading.Event(), threading.Event()
+    real = serving.sample
+    monkeypatch.setattr(serving, "sample", lambda *args, **kw: (begun.set(), go_on.wait(60), real(*args, **kw))[-1])
+    with Batcher(student, lora, max_prompt_tokens=WIDTH, rows=1) as batcher:
+        first = batcher.submit(serving.Asked(**asking()))
+        assert begun.wait(60)
+        others = [batcher.submit(serving.Asked(**asking(seed=seed))) for seed in range(3)]
+        threading.Timer(0.5, go_on.set).start()
+    parse_trace(first.result(0).text)
+    assert all(other.cancelled() for other in others)
+
+
+def test_a_failed_batch_is_an_error_object(student, lora, monkeypatch):
+    from srl_jax import serving
+
+    monkeypatch.setattr(serving, "sample", lambda *_, **__: 1 / 0)
+    with (
+        Batcher(student, lora, max_prompt_tokens=WIDTH) as batcher,
+        running(make_app(batcher, name="tiny")) as (url, _),
+    ):
+        response = post(f"{url}/v1", asking())
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+
+
+def test_an_address_in_use_is_one_error():
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="is not to be had"):
+        listen("127.0.0.1", taken.getsockname()[1])
