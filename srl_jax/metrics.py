@@ -180,15 +180,19 @@ def _keep_until(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _bins(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+def _binned(name: str, values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values, and the edges of equal bins that hold all of them: what lies outside goes into the bin at its end.
+
+    -0.2 in float32 is a little less than the edge -0.2, and TensorBoard refuses a histogram that counts nothing.
+    """
     low, high = _REWARD_RANGE if name.startswith("reward/") else (float(np.min(values)), float(np.max(values)))
-    return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
+    edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
+    return np.clip(np.asarray(values, np.float64), edges[0], edges[-1]), edges
 
 
 def _histogram(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """The range and the counts of equal bins over it; what lies outside is counted in the bin at its end."""
-    edges = _bins(name, values)
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    values, edges = _binned(name, values)
+    counts, _ = np.histogram(values, edges)
     return {"range": [round(float(edges[0]), 6), round(float(edges[-1]), 6)], "counts": counts.tolist()}
 
 
@@ -214,7 +218,7 @@ class _Events:
         event.summary.value.extend(values)
         for name, some in histograms.items():
             if len(some):
-                event.summary.value.extend(histogram(f"histogram/{name}", np.asarray(some), _bins(name, some)).value)
+                event.summary.value.extend(histogram(f"histogram/{name}", *_binned(name, some)).value)
         self._file.write_event(event)
         self._file.flush()
 

@@ -157,6 +157,15 @@ def test_trends_run_from_the_lowest_to_the_highest_value():
     assert trend([None]) == " " and trend([]) == ""
 
 
+def test_a_step_of_malformed_completions_alone_has_a_histogram(tmp_path):
+    with MetricWriter(tmp_path, 10, console=plain()) as writer:
+        writer.write(1, {"kl": 0.5}, {"reward/total": np.full(8, -0.2, np.float32)})  # a little less than -0.2
+    (record,) = read_metrics(tmp_path, HISTOGRAMS_FILE)
+    assert record["reward/total"]["counts"][0] == 8
+    (histogram,) = [v.histo for e in tensorboard_events(tmp_path) for v in e.summary.value if v.tag.endswith("/total")]
+    assert histogram.num == 8
+
+
 def test_histograms_are_counted_alike_in_both_places(tmp_path):
     values = {"reward/total": np.array([-0.2, 0.11, 0.12, 1.0, 1.4]), "completion_tokens": [10, 20, 20], "none": []}
     with MetricWriter(tmp_path, 10, console=plain()) as writer:
