@@ -109,6 +109,9 @@ def train(
             return _train(run, stream, held_out, corpus, stop, repeats)
 
 
+_LOCK = ".lock"
+
+
 @contextmanager
 def _alone_in(workdir: Path) -> Iterator[None]:
     """Keeps a second trainer out, whose lines and checkpoints would mix with this one's; raises `CheckpointError`.
@@ -117,7 +120,7 @@ def _alone_in(workdir: Path) -> Iterator[None]:
     """
 
     def take() -> bool:
-        lock = stack.enter_context((workdir / ".lock").open("a"))
+        lock = stack.enter_context((workdir / _LOCK).open("a"))
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX leaves open which of the two
@@ -126,13 +129,20 @@ def _alone_in(workdir: Path) -> Iterator[None]:
             logging.warning("%s: cannot be locked (%s); see to it that nothing else trains there", workdir, error)
         return True
 
+    made = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if not hosts.from_first(take):
             raise CheckpointError(
                 f"{workdir}: another process trains there; wait for its end, or give another --workdir"
             )
-        yield
+        try:
+            yield
+        finally:
+            # A run that was refused leaves nothing behind.
+            if made and hosts.is_first() and [path.name for path in workdir.iterdir()] == [_LOCK]:
+                (workdir / _LOCK).unlink()
+                workdir.rmdir()
 
 
 def _train(
