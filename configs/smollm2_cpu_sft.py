@@ -3,7 +3,7 @@
 Command:  python launch/train.py --config=configs/smollm2_cpu_sft.py --workdir=runs/sft
 Hardware: 2 CPU cores, 8 GB.
 Time:     not measured at full length; a step is the update of smollm2_cpu.py without its sampling.
-Result:   not measured.
+Result:   at thirty steps in reports/training/stage2.md.
 
 Each step reads 4 * 8 teacher traces, as many as the other recipe samples completions, for as many steps.
 """

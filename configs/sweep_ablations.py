@@ -3,8 +3,8 @@
 Command:  python launch/sweep.py --config=configs/sweep_ablations.py --out=runs/ablations
 Hardware: 2 CPU cores, 8 GB; with GPUs --parallel and --devices share the cells out.
 Time:     seeds * cells runs of smollm2_cpu.py (see reports/demo.md); may be stopped and gone on with at any time.
-          --seeds=0 --override=steps=10 --override=eval.max_tasks=24 makes it a smaller one.
-Result:   not measured.
+          --seeds=0 --cells=srl,soft_state --override=steps=6 --override=eval.max_tasks=24 makes it a smaller one.
+Result:   at a reduced size in reports/training/stage2.md.
 
 In files of their own, since they need data sets of their own: a withheld language (sweep_languages.py) and the
 teacher's temperature (sweep_teacher.py).

@@ -3,7 +3,8 @@
 Command:  python launch/sweep.py --config=configs/sweep_languages.py --out=runs/languages
 Hardware: 2 CPU cores, 8 GB, Node and a JDK; with GPUs --parallel and --devices share the cells out.
 Time:     six runs of smollm2_cpu.py (see reports/demo.md); may be stopped and gone on with at any time.
-Result:   not measured. The rows to look at are those of JavaScript and Java, in the table by slice.
+Result:   at a reduced size in reports/training/stage2.md. The rows to look at are those of JavaScript and Java,
+          in the table by slice.
 
 Its data set: python launch/prepare_data.py --config=configs/data_languages.py --out=data/languages
 """

@@ -3,7 +3,8 @@
 Command:  python launch/sweep.py --config=configs/sweep_teacher.py --out=runs/teacher
 Hardware: 2 CPU cores, 8 GB, and before that a served teacher (docs/teacher.md).
 Time:     nine runs of smollm2_cpu.py (see reports/demo.md), and the teacher's own time for three data sets.
-Result:   not measured. A reward is likeness to the cell's own teacher, so execution success is what compares cells.
+Result:   at a reduced size in reports/training/stage2.md. A reward is likeness to the cell's own teacher, so
+          execution success is what compares cells.
 
 Its data sets, each from a teacher.yaml that differs in one number, with one store for all answers:
 
