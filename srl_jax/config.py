@@ -23,11 +23,14 @@ from srl_jax.sandbox.runner import SandboxConfig
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the field, its value, and what would be right."""
+    """A configuration that cannot run; the message names the field, its value, and what would be right.
+
+    Without a `field`, `value` is what else is wrong: a flag, a variable, a directory.
+    """
 
     def __init__(self, field: str, value: object, expected: str):
         self.field = field
-        super().__init__(f"config.{field} = {value!r}: {expected}")
+        super().__init__(f"config.{field} = {value!r}: {expected}" if field else f"{value}: {expected}")
 
 
 class NotARun(ValueError):

@@ -322,6 +322,8 @@ def metrics(url):
 def test_health_needs_no_token_and_metrics_count_the_service(url):
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{url}/docs").status_code == 404
+    with client(url) as remote:
+        remote.score(items(1))
     text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}).text
     assert 'srl_reward_completions_total{count="requests",executing="false"}' in text
 
