@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from srl_jax import assets
 from srl_jax.model import families, hf, shapes
+from srl_jax.model.attention import attend, attend_causal
 from srl_jax.model.decoder import (
     Decoder,
     completion_hidden,
@@ -180,6 +181,33 @@ def test_shared_prompt_equals_rows_of_their_own_in_values_and_gradients(extra):
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.parametrize("length", [3, 128, 129, 300, 700])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_in_blocks_of_queries_is_attention(length, window):
+    """One block, one and a bit, several of the least size, four larger ones; with a prompt that windows may hide."""
+    rng = np.random.default_rng(length)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v = draw(4, length, 6, 8), draw(4, 2, length, 8), draw(4, 2, length, 8)
+    prefix = draw(2, 2, 50, 8), draw(2, 2, 50, 8)
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    seen = lambda distance: (distance >= 0) & (distance < (window or 10_000))
+    before = np.broadcast_to(np.arange(50)[None, None, None] < np.asarray([50, 9])[:, None, None, None], (2, 1, 1, 50))
+    if window:
+        before = before & seen(50 + np.arange(length)[:, None] - np.arange(50)[None, :])
+    weights = draw(*q.shape)
+
+    def run(way):
+        def total(q, k, v, prefix):
+            out = way(q, k, v, seen(distance)[None], prefix, before, scale=0.3, softcap=5.0)
+            return jnp.sum(out * weights), out
+
+        grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
+        return out, grads
+
+    for one, other in zip(*map(jax.tree.leaves, (run(attend_causal), run(attend))), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_a_window_ends_where_it_says():
     config = dataclasses.replace(shapes.tiny(101), windows=(4, 4))
     decoder, params = Decoder(config), hf.random_params(config, seed=1)
@@ -253,6 +281,23 @@ def test_remat_changes_memory_not_numbers(small, remat):
 
     for one, other in zip(*map(jax.tree.leaves, (grad(decoder), grad(decoder.clone(remat=remat)))), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_of_a_map_and_its_adapter_the_backward_pass_keeps_the_sum_alone():
+    config = dataclasses.replace(shapes.tiny(101), n_layers=8)
+    decoder, params, lora = _adapted(config)
+    tokens = jnp.zeros((1, 512), jnp.int32)
+
+    def temporaries(remat):
+        def loss(lora):
+            variables = {"params": params, "lora": lora}
+            return decoder.clone(remat=remat).apply(variables, tokens, _positions(tokens))[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(lora).compile().memory_analysis().temp_size_in_bytes
+
+    kept = 2 * config.d_model + 2 * config.n_kv_heads * config.head_dim + 2 * config.d_ff  # q, o; k, v; gate, up
+    kept += config.n_heads * (config.head_dim + 1)  # what was attended, and its normaliser
+    assert temporaries("dots") - temporaries("full") < 1.3 * 4 * config.n_layers * tokens.size * kept
 
 
 def test_new_rows_are_the_mix_of_their_sources(tmp_path):

@@ -25,6 +25,8 @@ MASKED = -1e30
 # the forward pass once more, only to compute the probabilities yet again.
 ATTENDED = "attended"
 
+_BLOCKS, _LEAST_BLOCK = 4, 128  # of queries in `attend_causal`
+
 _Prefix = tuple[KV | KeyColumns, KV]  # [P, K, Lp, H] each
 
 
@@ -59,6 +61,39 @@ def attend(
     rows = rows.reshape(batch, n_kv, repeats * t, h)
     out = _attend(softcap, rows, k, v, prefix, mask, prefix_mask)
     return out.reshape(batch, n_kv, repeats, t, h).transpose(0, 3, 1, 2, 4).reshape(batch, t, n, h)
+
+
+def attend_causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    mask: Bool[Array, "#B T T"],
+    prefix: _Prefix | None = None,
+    prefix_mask: Bool[Array, "P #G #T Lp"] | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attend` for a `mask` that shows query i no key behind i: a block of queries at a time, such keys not computed.
+
+    Four blocks spare three eighths of the scores, and hold a quarter of them at once; more would spare an eighth at
+    most.
+    """
+    t = q.shape[1]
+    block = max(_LEAST_BLOCK, -(-t // _BLOCKS))
+    out = []
+    for start in range(0, t, block):
+        stop = min(start + block, t)
+        before = prefix_mask
+        if prefix_mask is not None and prefix_mask.shape[2] > 1:
+            before = prefix_mask[:, :, start:stop]
+        out.append(
+            attend(
+                q[:, start:stop], k[:, :, :stop], v[:, :, :stop], mask[:, start:stop, :stop], prefix, before,
+                scale=scale, softcap=softcap,
+            )
+        )  # fmt: skip
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,16 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from srl_jax.model.attention import ATTENDED, attend
+from srl_jax.model.attention import ATTENDED, attend, attend_causal
 from srl_jax.model.families import ModelConfig, RopeScaling
 from srl_jax.model.flash import flash_attend
 from srl_jax.model.kv import KV, KeyColumns, as_columns, empty, store, width, write
 from srl_jax.model.quantize import QuantizedKernel, quantized_matmul
 
 _ALL = np.iinfo(np.int32).max  # the window of a layer that sees everything
+# What a linear map gives, and a rank-r product within it. Kept by name: a policy that keeps every product keeps two of
+# the same size for each map with adapters, the base's and the adapter's, whose sum is all that anyone reads.
+_MAPPED = "mapped"
 
 
 class Prefix(NamedTuple):
@@ -161,8 +165,9 @@ class Linear(nn.Module):
             rng = self.make_rng("params") if self.is_initializing() else None
             a = self.variable("lora", "a", a_init, rng, (fan_in, self.lora_rank), jnp.float32).value
             b = self.variable("lora", "b", b_init, rng, (self.lora_rank, self.features), jnp.float32).value
-            y = y + ((x.astype(jnp.float32) @ a) @ b * self.lora_scale).astype(y.dtype)
-        return y.reshape(*batch_shape, self.features)
+            low = checkpoint_name(x.astype(jnp.float32) @ a, _MAPPED)
+            y = y + (low @ b * self.lora_scale).astype(y.dtype)
+        return checkpoint_name(y, _MAPPED).reshape(*batch_shape, self.features)
 
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
@@ -243,16 +248,14 @@ class Block(nn.Module):
         else:
             before = None if prefix is None else seen(scene.prefix_distance)
             masks = {"mask": seen(distance), "prefix": prefix, "prefix_mask": before}
-            y = attend(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
+            way = attend if scene.columns is not None else attend_causal
+            y = way(q, k, v, **masks, scale=c.attention_scale, softcap=c.attention_softcap)
         return y, kv
 
 
 _REMAT = {
     "full": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(ATTENDED, _MAPPED),
 }
 
 
@@ -262,8 +265,8 @@ class Decoder(nn.Module):
     Attributes:
       config: the model's shapes.
       lora_rank, lora_alpha: adapters on all seven linear maps of a layer; 0 builds none.
-      remat: what the backward pass recomputes: "none"; "dots" (everything but attention and the products with
-        weights, quantised ones apart); "full" (each layer from its input alone).
+      remat: what the backward pass recomputes: "none"; "dots" (everything but attention and what linear maps give);
+        "full" (each layer from its input alone).
       quantize: how the base's linear weights are stored: "none", or a scheme of model/quantize.py. The layers take
         them as they come; who makes or places weights asks here.
       attention: "xla", or the kernel of model/flash.py that passes over whole rows take.
