@@ -26,7 +26,7 @@ from srl_jax.student import Student
 from srl_jax.train_step import StepSettings
 
 # Parts of the configuration that a greedy evaluation of given weights depends on.
-_DECISIVE = ("model", "data", "sampling", "reward", "eval", "sandbox")
+DECISIVE = ("model", "data", "sampling", "reward", "eval", "sandbox")
 
 
 class NothingToEvaluate(ValueError):
@@ -84,7 +84,7 @@ def evaluated_before(
     told = [(item["task_id"], item["instruction"], item["teacher"]) for item in saved["items"]]
     same_tasks = told == [(record.task.task_id, record.task.instruction, record.trace) for record in tasks]
     same_policy = saved.get("version") == VERSION and (adapters is None or saved.get("adapters") == adapters)
-    return same_tasks and same_policy and all(saved["config"].get(p) == config.to_dict()[p] for p in _DECISIVE)
+    return same_tasks and same_policy and all(saved["config"].get(p) == config.to_dict()[p] for p in DECISIVE)
 
 
 def answer_groups(

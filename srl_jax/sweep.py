@@ -2,7 +2,8 @@
 
 A cell is a name and the fields it changes in the base recipe; each is trained once per seed, in
 `<out>/<cell>/seed<N>/`, by a process of its own, so that a crash is that cell's alone. Running the sweep again starts
-what is missing, goes on with what was stopped and tries again what failed.
+what is missing, goes on with what was stopped and tries again what failed. The base, which most cells share, is
+evaluated once for all of a seed that agree in what its answers and their scores depend on.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from srl_jax.config import ConfigError, TrainConfig, validate
+from srl_jax.evaluate import DECISIVE
 from srl_jax.evaluation import write_json
 
-RECIPE, LOG, STATUS = "recipe.py", "log.txt", "status.json"
+RECIPE, LOG, STATUS, BASE = "recipe.py", "log.txt", "status.json", "eval_base.json"
 _STOPPED = 3  # exit code of launch/train.py after a signal: saved, to be resumed
 _POLL_S = 0.2
 
@@ -178,6 +180,8 @@ def run_jobs(
         device = slots.get()
         try:
             if not stopping.is_set():
+                job.workdir.mkdir(parents=True, exist_ok=True)
+                _borrow_base(job, jobs, note)
                 _run(job, command, device, stopping, note)
         finally:
             slots.put(device)
@@ -193,10 +197,26 @@ def run_jobs(
     return not stopping.is_set()
 
 
+def _borrow_base(job: Job, jobs: Sequence[Job], note: Callable[[str], None]) -> None:
+    """Gives `job` a finished one's evaluation of the base, where both would make the same one.
+
+    Of the same seed, since random weights are drawn by it. The trainer compares tasks and settings before it takes it.
+    """
+    if (job.workdir / BASE).exists():
+        return
+    ours = job.config.to_dict()
+    for other in jobs:
+        theirs, path = other.config.to_dict(), other.workdir / BASE
+        alike = other.seed == job.seed and all(ours[part] == theirs[part] for part in DECISIVE)
+        if alike and other.status["state"] == "done" and path.exists():
+            write_json(job.workdir / BASE, json.loads(path.read_text(encoding="utf-8")))
+            note(f"{job.cell}, seed {job.seed}: its base is that of {other.cell}, already evaluated")
+            return
+
+
 def _run(
     job: Job, command: Sequence[str], device: str | None, stopping: threading.Event, note: Callable[[str], None]
 ) -> None:
-    job.workdir.mkdir(parents=True, exist_ok=True)
     recipe = job.workdir / RECIPE
     recipe.write_text(job.recipe)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -33,9 +33,17 @@ UPPER = {
     "srl_jax.steps": {"srl_jax.train", "srl_jax.step_profile", "srl_jax.bench.scoring"},
     "srl_jax.chains": {"srl_jax.steps"},
     "srl_jax.rollout": {
-        "srl_jax.train", "srl_jax.steps", "srl_jax.chains", "srl_jax.evaluate", "srl_jax.rewrite", "srl_jax.sft",
+        "srl_jax.train",
+        "srl_jax.steps",
+        "srl_jax.chains",
+        "srl_jax.evaluate",
+        "srl_jax.rewrite",
+        "srl_jax.sft",
         "srl_jax.replay_step",
-        "srl_jax.bench.ours", "srl_jax.bench.scoring", "srl_jax.evaluate_run", "srl_jax.step_profile",
+        "srl_jax.bench.ours",
+        "srl_jax.bench.scoring",
+        "srl_jax.evaluate_run",
+        "srl_jax.step_profile",
     },
 }
 # Programs that run inside the sandbox: they act when imported.
