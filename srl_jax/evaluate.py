@@ -15,7 +15,7 @@ import numpy as np
 
 from srl_jax import hosts
 from srl_jax.config import TrainConfig
-from srl_jax.evaluation import VERSION, evaluation_item, summary
+from srl_jax.evaluation import DECISIVE, VERSION, evaluation_item, summary
 from srl_jax.groups import Groups
 from srl_jax.model.hf import weights_hash
 from srl_jax.records import TeacherRecord
@@ -24,9 +24,6 @@ from srl_jax.rollout import executable, sample_groups
 from srl_jax.sandbox.service import ScoresCompletions
 from srl_jax.student import Student
 from srl_jax.train_step import StepSettings
-
-# Parts of the configuration that a greedy evaluation of given weights depends on.
-DECISIVE = ("model", "data", "sampling", "reward", "eval", "sandbox")
 
 
 class NothingToEvaluate(ValueError):

@@ -14,6 +14,8 @@ from srl_jax.tokenizer import Tokenizer, render_prompt
 from srl_jax.trace import TraceError, parse_trace, render_action, render_state
 
 VERSION = "srl-evaluation/2"  # of an item's fields; an evaluation of another version is made anew
+# Parts of the configuration that a greedy evaluation of given weights depends on.
+DECISIVE = ("model", "data", "sampling", "reward", "eval", "sandbox")
 
 
 def summary(items: Sequence[dict]) -> dict:

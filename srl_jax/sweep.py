@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from srl_jax.config import ConfigError, TrainConfig, validate
-from srl_jax.evaluate import DECISIVE
-from srl_jax.evaluation import write_json
+from srl_jax.evaluation import DECISIVE, write_json
 
 RECIPE, LOG, STATUS, BASE = "recipe.py", "log.txt", "status.json", "eval_base.json"
 _STOPPED = 3  # exit code of launch/train.py after a signal: saved, to be resumed

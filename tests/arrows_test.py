@@ -20,7 +20,7 @@ HOST_SIDE = (
     "srl_jax.trace", "srl_jax.records", "srl_jax.rewards", "srl_jax.embedding", "srl_jax.tokenizer",
     "srl_jax.assets", "srl_jax.config", "srl_jax.control", "srl_jax.replay", "srl_jax.metrics", "srl_jax.intervals",
     "srl_jax.report", "srl_jax.measures", "srl_jax.episodes", "srl_jax.proposals", "srl_jax.rewrite_step",
-    "srl_jax.sandbox", "data_pipeline",
+    "srl_jax.sweep", "srl_jax.sweep_report", "srl_jax.sandbox", "data_pipeline",
 )  # fmt: skip
 # How launch files end; it knows every module's errors.
 ENTRY = {"launch", "srl_jax.cli"}
