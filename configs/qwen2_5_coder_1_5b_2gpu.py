@@ -7,7 +7,7 @@ Time:     not measured: no such machine was at hand.
 Result:   not measured. The recipe's shapes, sharding and settings are validated by the tests on virtual devices.
 
 Each GPU holds the whole base in bfloat16 (3.1 GB) and its half of the prompts: over PCIe, splitting weights would cost
-more than it saves at this size, so the mesh is `data` only. The adapters' gradients (74 MB in float32) are all that
+more than it saves at this size, so the mesh is `data` only. The adapters' gradients (148 MB in float32) are all that
 crosses between the cards.
 """
 

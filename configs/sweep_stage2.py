@@ -2,7 +2,7 @@
 
 Command:  python launch/sweep.py --config=configs/sweep_stage2.py --out=runs/stage2
 Hardware: 2 CPU cores, 6 GB.
-Time:     twelve runs of 20 to 30 minutes; may be stopped and gone on with at any time.
+Time:     twelve runs of 20 to 47 minutes; may be stopped and gone on with at any time.
 Result:   reports/training/stage2.md
 
 Its data set is the demo's: python launch/prepare_data.py --config=configs/data_demo.py --out=data/demo

@@ -80,6 +80,8 @@ class EndpointTeacher:
         self.pinned = {**pinned, "decoding": decoding, "fingerprint": self.version}
         self._tokenizer = _load_tokenizer(spec.tokenizer)
         self._pace = Pace(spec.limits.requests_per_minute)
+        # Whoever asks: a paraphrasing writer has threads of its own for each teacher that it stands behind.
+        self._slots = threading.BoundedSemaphore(self.concurrency)
         self._failures, self._failures_lock = 0, threading.Lock()
         # Retries are ours: the client knows nothing of streams that break half way, nor of the other threads.
         self._client = openai.OpenAI(
@@ -97,6 +99,10 @@ class EndpointTeacher:
 
         `variant` is added to the pinned seed, where there is one, for another answer to the same question.
         """
+        with self._slots:
+            return self._ask(messages, tags, variant)
+
+    def _ask(self, messages: list[dict[str, str]], tags: tuple[str, ...], variant: int) -> Answer:
         limits, started = self._spec.limits, time.monotonic()
         prompt, read, wasted, reason = sum(self._count(message["content"]) for message in messages), 0, 0, ""
         for attempt in range(1, limits.attempts + 1):
@@ -194,7 +200,8 @@ class EndpointTeacher:
         return [*messages, {"role": "user", "content": asked}]
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer(text)) if text else 0
+        # Half a surrogate pair, which a teacher may well write, is nothing that a tokenizer takes.
+        return len(self._tokenizer(text.encode("utf-8", "replace").decode())) if text else 0
 
     def _count_failures(self, more: int, reason: str = "") -> None:
         with self._failures_lock:

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from srl_jax.trace import Action, Trace
 
-MAX_THINK_WORDS = 512  # the token cap of algorithm.md, generously read as words
+MAX_THINK_WORDS = 512  # the cap on a thought's tokens, generously read as words
 
 
 @dataclass(frozen=True)

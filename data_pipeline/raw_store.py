@@ -10,6 +10,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -118,33 +119,38 @@ class RawStore:
         self._file = self._open_path.open("ab")
 
     def _recover(self) -> None:
-        """Reads every segment, finishing what a kill interrupted."""
-        for leftover in self._folder.glob("*.tmp"):
+        """Reads every segment, finishing what a kill interrupted. Files of other names are not ours."""
+        for leftover in self._segments("tmp"):
             leftover.unlink()
-        for open_path in sorted(self._folder.glob("*.jsonl")):
+        for path in self._segments("jsonl.gz"):
+            self._read(path, _uncompressed(path))
+        for open_path in self._segments("jsonl"):
             if open_path.with_suffix(".jsonl.gz").exists():
                 open_path.unlink()  # compressed already; the kill came before its removal
-        for path in sorted(self._folder.glob("*.jsonl.gz")):
-            self._read(path, _uncompressed(path))
         self._segment, self._lines = 0, 0
-        sealed = [int(path.name.partition(".")[0]) for path in self._folder.glob("*.jsonl.gz")]
-        opened = sorted(self._folder.glob("*.jsonl"))
+        sealed, opened = self._segments("jsonl.gz"), self._segments("jsonl")
         for path in opened:
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
+            self._read(path, whole)
             if len(whole) < len(data):
                 log.warning("%s: the last line was never finished and is cut off", path)
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
                     os.fsync(file.fileno())
-            self._read(path, whole)
         for path in opened[:-1]:
             _compress(path)
         if opened:
             self._segment = int(opened[-1].stem)
             self._lines = opened[-1].read_bytes().count(b"\n")
         elif sealed:
-            self._segment = max(sealed) + 1
+            self._segment = int(sealed[-1].name.partition(".")[0]) + 1
+
+    def _segments(self, ending: str) -> list[Path]:
+        """Segments of this ending in the order they were written."""
+        named = re.compile(rf"\d{{5,}}\.{re.escape(ending)}")
+        found = [path for path in self._folder.iterdir() if named.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.partition(".")[0]))
 
     def _read(self, path: Path, data: bytes) -> None:
         for number, raw in enumerate(data.splitlines(), start=1):

@@ -40,8 +40,8 @@ def survey(config: DataSetConfig, collector: Collector, count: int, executor: Ex
     judging = Judging(config.max_trace)
     for part in cut(drafts, _SHARD):
         heard = [(draft, next(answers)) for draft in part]
-        [verdicts] = executor.run(judging, [[pair for pair in heard if isinstance(pair[1], Answer)]])
-        judged = iter(verdicts)
+        shards = [[pair] for pair in heard if isinstance(pair[1], Answer)]  # one each, so that all workers judge
+        judged = iter([verdict for verdicts in executor.run(judging, shards) for verdict in verdicts])
         for draft, answer in heard:
             yield draft, answer if isinstance(answer, NoAnswer) else (answer, next(judged))
 

@@ -106,7 +106,7 @@ def write_raw(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Compressed JSON lines without a time stamp, so that equal lines give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
-    write_bytes(path, gzip.compress(text.encode(), mtime=0))
+    write_bytes(path, gzip.compress(text.encode("utf-8", "backslashreplace"), mtime=0))  # as `RawStore.add` does
 
 
 def file_entry(path: Path, root: Path) -> dict[str, Any]:

@@ -5,13 +5,12 @@ adapter for the base model named by --base (default: the run's own model.source)
 Exit code: 0 done, 2 a mistake in flags or run.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
 from srl_jax import cli
-from srl_jax.config import ConfigError, TrainConfig
+from srl_jax.config import read_config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist or be empty.")
@@ -23,20 +22,14 @@ flags.mark_flags_as_required(["workdir", "out"])
 
 def main() -> int:
     workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
-    if not (workdir / "config.json").is_file():
-        raise ConfigError("", str(workdir), "holds no config.json, so it is not a run; give a --workdir of train.py")
-    config = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    config = read_config(workdir)
     settings = config.to_dict()
-    config.eval.execute, config.reward.execution = False, 0.0  # nothing is run, so no sandbox is needed
 
-    from srl_jax.checkpoint import CheckpointError  # the accelerator stack, only once everything else is right
-    from srl_jax.model.export import export_adapter, export_merged
-    from srl_jax.run import Run
+    from srl_jax.model.export import export_adapter, export_merged  # JAX, only once everything else is right
+    from srl_jax.trained import open_trained
 
-    with Run(config, workdir, read_only=True) as run:
-        if run.resume() is None:
-            raise CheckpointError(f"{workdir}: no checkpoint to export; train first")
-        model = (run.student.decoder, run.student.params, run.state.lora, run.student.tokenizer)
+    with open_trained(config, workdir, spread=True) as (_, student, lora):
+        model = (student.decoder, student.params, lora, student.tokenizer)
         if _FORM.value == "merged":
             export_merged(out, *model, dtype=_DTYPE.value, settings=settings)
         else:

@@ -24,7 +24,7 @@ import numpy as np
 
 from srl_jax import credit, grpo
 from srl_jax.config import TrainConfig
-from srl_jax.episodes import Chain
+from srl_jax.episodes import Chain, moved_on
 from srl_jax.groups import Groups, rollout_metrics, sampled_kl, worth_training
 from srl_jax.records import TeacherRecord
 from srl_jax.rollout import (
@@ -45,7 +45,6 @@ from srl_jax.student import Student
 from srl_jax.train_step import StepSettings
 
 _PROMPTS = ("prompt_tokens", "prompt_lengths")  # arrays without an axis of completions
-_TRIES = 3  # of applying an action, where the isolation fails
 
 
 class EpisodeTooLong(PromptTooLong):
@@ -189,13 +188,10 @@ def _move_on(answers: Sequence[tuple[Chain, str]], number: int, sandbox: Sandbox
     """Whether each answer's action applied; None where the sandbox could not tell."""
 
     def one(chain: Chain, text: str) -> bool | None:
-        for attempt in range(_TRIES):
-            try:
-                return chain.move_on(number, text, sandbox)
-            except (SandboxCrash, OSError):
-                if attempt + 1 < _TRIES:
-                    time.sleep(0.1 * 2**attempt)
-        return None
+        try:
+            return moved_on(chain, number, text, sandbox)
+        except (SandboxCrash, OSError):
+            return None
 
     with ThreadPoolExecutor(sandbox.config.slots) as workers:
         return list(workers.map(one, *zip(*answers, strict=True))) if answers else []

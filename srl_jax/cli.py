@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from srl_jax.assets import AssetError
 from srl_jax.config import ConfigError, NotARun, TrainConfig, check_overrides
 from srl_jax.records import CorruptRecord
+from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.toolchain import SandboxUnavailable
 from srl_jax.tokenizer import TokenizerError
 
@@ -30,7 +31,8 @@ _USERS_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirec
 
 def user_errors() -> tuple[type[Exception], ...]:
     """Every exception whose message is written for the person at the terminal."""
-    host = (ConfigError, NotARun, AssetError, TokenizerError, CorruptRecord, SandboxUnavailable, *_USERS_PATHS)
+    sandbox = (SandboxUnavailable, SandboxCrash)
+    host = (ConfigError, NotARun, AssetError, TokenizerError, CorruptRecord, *sandbox, *_USERS_PATHS)
     if "jax" not in sys.modules:
         return host  # a data machine has no accelerator stack, so nothing below can have been raised
     from srl_jax.checkpoint import CheckpointError

@@ -119,7 +119,7 @@ class SamplingSettings(Section):
 
 @dataclasses.dataclass
 class GrpoConfig(Section):
-    """From rewards to a gradient (design: algorithm.md section 3; GRPO, DAPO, Dr.GRPO)."""
+    """From rewards to a gradient (GRPO, DAPO, Dr. GRPO)."""
 
     group_size: int = number(8, at_least=1)
     kl_coef: float = number(0.05, at_least=0)
@@ -238,7 +238,7 @@ class ControlConfig(Section):
     vanishing_spread: float = number(0.0, at_least=0)  # lambda falls while groups' std of rewards is below this
     patience: int = number(0, at_least=0)  # evaluations without a new best before the run ends; 0: never
     keep_best: bool = False  # keep the best evaluated state apart, and make it the run's student
-    max_broken_updates: int = number(3, at_least=1)  # non-finite updates in a row before the run ends
+    max_broken_updates: int = number(3, at_least=1)  # steps in a row without a finite update end the run
     # Mean |sampler's - trainer's log-prob| per token that ends the run after so many steps in a row; 0: never. The two
     # are held to 1e-5 in float32 and 1e-2 in bfloat16.
     gap_stop: float = number(0.05, at_least=0)
@@ -421,6 +421,8 @@ def _validate_grpo(config: TrainConfig) -> None:
             "must be at least 2: a group of one is its own baseline, "
             "so every advantage would be 0 (or set grpo.baseline='none' and grpo.scale='none')",
         )
+    if grpo.scale == "std" and grpo.baseline != "group":
+        raise ConfigError("grpo.scale", "std", "divides by a group's deviation: set grpo.baseline='group'")
     if grpo.clip_epsilon_high < grpo.clip_epsilon_low:
         raise ConfigError(
             "grpo.clip_epsilon_high",

@@ -83,7 +83,7 @@ def after_step(state: ControlState, metrics: Mapping[str, float | None], config:
         factor=min(max(factor, 1.0 / _REACH), _REACH),
         kl=kl,
         spread=spread,
-        broken=state.broken + 1 if metrics.get("skipped") else 0,
+        broken=state.broken + 1 if metrics.get("skipped") == 1.0 else 0,
         gap=gap,
         apart=apart,
         stopped=stopped,
@@ -111,11 +111,13 @@ def after_evaluation(state: ControlState, step: int, reward: float | None, confi
 
 
 def check_broken(state: ControlState, config: TrainConfig, dumps: object) -> None:
-    """Raises `Diverged` when `control.max_broken_updates` updates in a row were skipped; `dumps` is where they lie."""
+    """Raises `Diverged` when `control.max_broken_updates` steps in a row had every update skipped; `dumps` is where
+    they lie."""
     if state.broken >= config.control.max_broken_updates:
         raise Diverged(
-            f"{state.broken} updates in a row had a non-finite loss or gradient; the adapters are those before them. "
-            f"The batches are in {dumps}; lower optim.learning_rate, or raise control.max_broken_updates to go on"
+            f"{state.broken} steps in a row had only updates of a non-finite loss or gradient; the adapters are those "
+            f"before them. The batches are in {dumps}; lower optim.learning_rate, or raise control.max_broken_updates "
+            "to go on"
         )
 
 

@@ -6,6 +6,7 @@ plays episodes so, and training with returns beyond the step (`srl_jax.chains`).
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self, TypeVar
 
@@ -13,6 +14,7 @@ from srl_jax.config import TrainConfig
 from srl_jax.evaluation import rejection_of, success_of
 from srl_jax.records import EpisodeStep, SourceFile, Task, TeacherRecord
 from srl_jax.sandbox.engine import Status
+from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.runner import Sandbox, exact_globs
 from srl_jax.sandbox.service import Score
 from srl_jax.trace import StateUpdate, TraceError, parse_trace
@@ -20,6 +22,7 @@ from srl_jax.trace import StateUpdate, TraceError, parse_trace
 Answers = Callable[[Sequence[TeacherRecord]], Sequence[tuple[str, Score]]]  # completion and score, one a record
 
 PROMPT_TOO_LONG = "prompt_too_long"
+_TRIES = 3  # of applying an action, where the isolation fails
 
 _Item = TypeVar("_Item")
 
@@ -95,6 +98,18 @@ class Chain:
         return result.status is Status.OK
 
 
+def moved_on(chain: Chain, number: int, text: str, sandbox: Sandbox) -> bool:
+    """`Chain.move_on`, tried again where the isolation itself fails; raises the last failure."""
+    for attempt in range(_TRIES):
+        try:
+            return chain.move_on(number, text, sandbox)
+        except (SandboxCrash, OSError):
+            if attempt + 1 == _TRIES:
+                raise
+            time.sleep(0.1 * 2**attempt)
+    raise AssertionError("every attempt returns or raises")
+
+
 def play(
     episodes: Sequence[Sequence[TeacherRecord]],
     answers: Answers,
@@ -119,7 +134,8 @@ def play(
         for chain, record in due:
             text, score = answered.get(id(chain), ("", Score(None, None, PROMPT_TOO_LONG)))
             items.append(_item(record, text, score, config))
-            chain.move_on(number, text, sandbox)
+            if number + 1 < len(chain.steps):
+                moved_on(chain, number, text, sandbox)
     return items
 
 

@@ -1,7 +1,7 @@
 """The report's numbers: greedy answers to held-out tasks, scored by the trainer's own reward and executed.
 
-The KL of an item is its mean log-ratio to the base over its tokens, under the policy at temperature 1. Samples, answers
-without the grammar and whole episodes come in further passes (`srl_jax.passes`).
+The KL of an item is its mean log-ratio to the base over its tokens, at the temperature they are drawn at
+(greedy: 1). Samples, answers without the grammar and whole episodes come in further passes (`srl_jax.passes`).
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def answer_groups(
     turns = -(-count // (width if hosts.count() > 1 else 4 * width))
     size = -(-count // (turns * width)) * width
     variables = student.sampling_variables(lora)
-    settings = StepSettings(temperature=1.0, micro_batch=width)
+    settings = StepSettings(temperature=student.sampling.temperature or 1.0, micro_batch=width)
     for first in range(start, len(records), size):
         batch = list(records[first : first + size])
         # A short last batch is filled up, so that nothing is compiled twice; the copies are dropped again.

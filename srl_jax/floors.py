@@ -4,6 +4,7 @@ Each becomes an `eval_<name>.json` with the items of `evaluate`, scored by the s
 sandbox, so that the report shows them as further columns. None of them is a policy, so none has a KL.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def common_trace(records: Sequence[TeacherRecord], count_tokens: Callable[[str],
     """
     if not records:
         raise ValueError("no records to take the most common trace from")
+    alone = dataclasses.replace(reward, execution=0.0, match_gate=0.0)
     traces = [parse_trace(record.trace) for record in records]
     lengths = [count_tokens(trace.think) for trace in traces]
     totals = np.zeros(len(records))
@@ -65,8 +67,7 @@ def common_trace(records: Sequence[TeacherRecord], count_tokens: Callable[[str],
                 action_similarity(ours.action, theirs.action),
                 state_overlap(ours.state, theirs.state, reward.state_match),
                 think_similarity(likeness, lengths[i], lengths[j], reward),
-                reward,
-                executed=False,
+                alone,
             )
     return render_trace(traces[int(totals.argmax())])
 

@@ -13,7 +13,7 @@ from srl_jax.excerpt import excerpt
 from srl_jax.records import SourceFile, Task, TestSpec
 from srl_jax.relevance import Place, language_of, relevant_places
 from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status, reached_files
-from srl_jax.sandbox.isolation import MAX_REPOSITORY_FILES, Limits
+from srl_jax.sandbox.isolation import MAX_REPOSITORY_FILES, Limits, check_repository
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig, TestOutcome, exact_globs, runnable_files
 from srl_jax.trace import StateUpdate, Trace, render_action, render_state
 from srl_jax.worktree import DirectoryError
@@ -120,10 +120,15 @@ class TestBench:
     __test__ = False  # pytest would collect the class for its name
 
     def __init__(self, sandbox: Sandbox, files: Mapping[str, str], runner: str) -> None:
-        if len(files) > MAX_REPOSITORY_FILES:
+        try:
+            check_repository(files)
+        except ValueError as error:
+            raise DirectoryError(f"{error}; give a smaller --directory or leave --tests out") from None
+        size, room = sum(len(text.encode()) for text in files.values()), sandbox.config.test_limits.tmp_bytes
+        if size > room:
             raise DirectoryError(
-                f"{len(files)} files, and the sandbox lays out at most {MAX_REPOSITORY_FILES} for tests; "
-                "give a smaller --directory or leave --tests out"
+                f"{size >> 20} MiB of files, and the sandbox lays out at most {room >> 20} for tests; give a smaller "
+                "--directory or leave --tests out"
             )
         try:
             self.files = runnable_files(TestSpec(runner, (), tuple(files)))

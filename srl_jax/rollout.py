@@ -103,7 +103,10 @@ def executable_only(
         skipped += 1
         if skipped >= MAX_SKIPPED:
             runner = foreign[0].task.tests.runner
-            raise RunnerUnavailable(runner, f"{skipped} tasks in a row need it; install it or set reward.execution=0")
+            raise RunnerUnavailable(
+                runner,
+                f"{skipped} tasks in a row need it; install it or set reward.execution=0 and reward.match_gate=0",
+            )
 
 
 def decode_completions(student: Student, tokens: np.ndarray, mask: np.ndarray) -> list[str]:

@@ -91,8 +91,9 @@ def draw(probs: Float[Array, "B V"], u: Float[Array, "B 2"]) -> Int[Array, "B"]:
     table = jnp.pad(probs, ((0, 0), (0, blocks * _BLOCK - vocab))).reshape(batch, blocks, _BLOCK)
 
     def pick(weights, fraction):
-        sums = jnp.cumsum(weights, axis=-1)
-        total = sums[:, -1]
+        # Sums are made in parallel and may round upwards where nothing is added, which must not draw a zero.
+        sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -jnp.inf)
+        total = sums.max(-1)
         # u < 1, but u * total may round up to total, which no running sum exceeds.
         target = jnp.minimum(fraction * total, jnp.nextafter(total, jnp.zeros_like(total)))
         return jnp.argmax(sums > target[:, None], axis=-1)

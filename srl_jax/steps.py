@@ -19,7 +19,7 @@ from srl_jax.replay_step import collect_replay, policy_version, store
 from srl_jax.rollout import Rollout, collect_rollouts
 from srl_jax.run import Run
 from srl_jax.sft import collect_traces, sft_settings, sft_step
-from srl_jax.train_step import StepSettings, TrainBatch, mini_batches, train_step
+from srl_jax.train_step import StepSettings, TrainBatch, mini_batches, train_step, updates_made
 from srl_jax.value import learn
 
 BROKEN = "broken"  # folder of the batches whose updates were not finite
@@ -105,6 +105,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
                 recorder.add(step + 1, stored)
             metrics["seconds/record"] = time.perf_counter() - recording
     updating = time.perf_counter()
+    rate = float(run.rates(updates_made(run.state)))
     passes = 1 if config.method == "sft" else config.grpo.epochs
     # A rollout whose log-probs were all computed anew has told its gap to the sampler itself.
     metrics = _update(run, batch, settings, coefficient, passes) | metrics
@@ -121,7 +122,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
     now = time.perf_counter()
     metrics |= {
         "kl_coef": coefficient,
-        "learning_rate": float(run.rates(step * config.updates_per_step)),
+        "learning_rate": rate,
         "seconds/data_wait": records.seconds,
         "seconds/update": now - updating,
         "seconds/step": now - began,
@@ -131,7 +132,7 @@ def take_step(run: Run, records: Iterator[Any], step: int, recorder: ReplayWrite
 
 
 def _update(run: Run, batch: TrainBatch, settings: StepSettings, kl_coef: float, passes: int) -> dict[str, float]:
-    """Every update of one batch; scalars are means over them, `skipped` whether any was, the gap the first one's."""
+    """Every update of one batch; scalars are means over them (`skipped`: the share), but for the first one's gap."""
     student = run.student
     shared = {"decoder": student.decoder, "optimizer": run.optimizer, "settings": settings}
     told: list[dict[str, float]] = []
@@ -147,7 +148,6 @@ def _update(run: Run, batch: TrainBatch, settings: StepSettings, kl_coef: float,
             )
             told.append({name: float(value) for name, value in scalars.items()})
     mean = {name: float(np.mean([one[name] for one in told])) for name in told[0]}
-    mean["skipped"] = max(one["skipped"] for one in told)
     if "logprob_gap" in mean:
         mean["logprob_gap"] = told[0]["logprob_gap"]  # later ones measure how far the updates went, not the sampler
     return mean

@@ -3,7 +3,7 @@
 A cell is a name and the fields it changes in the base recipe; each is trained once per seed, in
 `<out>/<cell>/seed<N>/`, by a process of its own, so that a crash is that cell's alone. Running the sweep again starts
 what is missing, goes on with what was stopped and tries again what failed. The base, which most cells share, is
-evaluated once for all of a seed that agree in what its answers and their scores depend on.
+evaluated once for all that agree in what its answers and their scores depend on.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from srl_jax.config import ConfigError, TrainConfig, validate
-from srl_jax.evaluation import DECISIVE, write_json
+from srl_jax.evaluation import DECISIVE, write_bytes, write_json
 
 RECIPE, LOG, STATUS, BASE = "recipe.py", "log.txt", "status.json", "eval_base.json"
 _STOPPED = 3  # exit code of launch/train.py after a signal: saved, to be resumed
@@ -199,14 +199,14 @@ def run_jobs(
 def _borrow_base(job: Job, jobs: Sequence[Job], note: Callable[[str], None]) -> None:
     """Gives `job` a finished one's evaluation of the base, where both would make the same one.
 
-    Of the same seed, since random weights are drawn by it. The trainer compares tasks and settings before it takes it.
+    Its seed does not matter to greedy answers. The trainer compares tasks and settings before it takes it.
     """
     if (job.workdir / BASE).exists():
         return
     ours = job.config.to_dict()
     for other in jobs:
         theirs, path = other.config.to_dict(), other.workdir / BASE
-        alike = other.seed == job.seed and all(ours[part] == theirs[part] for part in DECISIVE)
+        alike = all(ours[part] == theirs[part] for part in DECISIVE)
         if alike and other.status["state"] == "done" and path.exists():
             write_json(job.workdir / BASE, json.loads(path.read_text(encoding="utf-8")))
             note(f"{job.cell}, seed {job.seed}: its base is that of {other.cell}, already evaluated")
@@ -217,7 +217,8 @@ def _run(
     job: Job, command: Sequence[str], device: str | None, stopping: threading.Event, note: Callable[[str], None]
 ) -> None:
     recipe = job.workdir / RECIPE
-    recipe.write_text(job.recipe)
+    if not recipe.exists():
+        write_bytes(recipe, job.recipe.encode())
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device

@@ -61,7 +61,7 @@ def with_teachers(student: Student, groups: Groups, config: TrainConfig) -> Grou
     budgets = (student.sampling.max_new_tokens, student.sampling.max_think_tokens)
     allowed = hosts.gather(_possible(student.automaton, tokens, mask, *budgets)) & (sizes > 0)
     best = config.reward.build()
-    total = combine(1.0, 1.0, 1.0, best, executed=True if best.execution > 0 else None)
+    total = combine(1.0, 1.0, 1.0, best, executed=True, match_f1=1.0)
     scores = [
         Score(Reward(total, 1.0, 1.0, 1.0, 0.0)) if fits else Score(None, None, "teacher: its trace cannot be sampled")
         for fits in allowed

@@ -26,6 +26,7 @@ from srl_jax.evaluate import evaluate, evaluated_before, fitting_tasks
 from srl_jax.evaluation import write_json
 from srl_jax.floors import write_bounds
 from srl_jax.metrics import MetricWriter, QuietWriter
+from srl_jax.model.hf import weights_hash
 from srl_jax.page import write_page
 from srl_jax.records import ReplayGroup, TeacherRecord
 from srl_jax.replay import ReplayWriter
@@ -217,7 +218,7 @@ def _loop(
 ) -> bool:
     config, student = run.config, run.student
     tasks = fitting_tasks(student, held_out, config, runners=run.runners, note=writer.note)
-    needs_sandbox = config.reward.execution > 0 and config.method != "replay"
+    needs_sandbox = config.reward.build().needs_execution and config.method != "replay"
     records = stream
     if needs_sandbox:
         records = executable_only(stream, run.runners, list if config.plays_episodes else lambda record: [record])
@@ -225,7 +226,12 @@ def _loop(
     def assess(name: str, adapters: dict | None, *, again: bool = False) -> float | None:
         """The mean reward of the evaluation called `name`, which is made unless it is there."""
         path = run.workdir / f"eval_{name}.json"
-        known = lambda: [load_evaluation(path)["metrics"]["reward"]] if evaluated_before(path, tasks, config) else []
+        digest = None if adapters is None else weights_hash(adapters)  # every host takes part in it
+        known = lambda: (
+            [load_evaluation(path)["metrics"]["reward"]]
+            if evaluated_before(path, tasks, config, adapters=digest)
+            else []
+        )
         if not again and (reward := hosts.from_first(known)):
             return reward[0]
         stop.check()

@@ -86,6 +86,11 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), adam), rates
 
 
+def updates_made(state: TrainState) -> int:
+    """Where the schedule stands: at the updates made, without those skipped or with nothing to learn from."""
+    return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+
+
 def policy_logprobs(
     decoder: Decoder,
     variables: dict,

@@ -15,8 +15,12 @@ from srl_jax.student import Student
 
 
 @contextlib.contextmanager
-def open_trained(config: TrainConfig | None, path: Path) -> Iterator[tuple[TrainConfig, Student, dict | None]]:
+def open_trained(
+    config: TrainConfig | None, path: Path, *, spread: bool = False
+) -> Iterator[tuple[TrainConfig, Student, dict | None]]:
     """(how the student is prompted and sampled, the student, its adapters), on one device.
+
+    `spread` keeps the run's own mesh where this machine has devices enough, for models that fit on no single one.
 
     With a `config`, `path` is the directory of its run, which is only read; without, an export, or any model that
     transformers loads. Raises `CheckpointError` for a run without a checkpoint, and what `Run` and `load_exported`
@@ -25,7 +29,8 @@ def open_trained(config: TrainConfig | None, path: Path) -> Iterator[tuple[Train
     if config is None:
         yield load_exported(path)
         return
-    if jax.device_count() > 1:
+    mesh = config.mesh
+    if not spread or abs(mesh.data) * mesh.fsdp * mesh.tensor > jax.device_count():
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a few prompts do not split over devices
     # Nothing is scored here, so neither a sandbox nor the server that scored its training is needed.
     config = dataclasses.replace(

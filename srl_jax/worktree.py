@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from srl_jax.sandbox.globs import is_relative_path
 from srl_jax.trace import StateUpdate, TraceError, parse_state, render_state
 
 MAX_FILE_BYTES = 1 << 20
@@ -28,7 +29,8 @@ def read_directory(root: Path) -> dict[str, str]:
     """Relative POSIX path -> text of every source-like file under `root`, in order.
 
     In a git tree these are the files git knows or would offer to add; elsewhere everything but hidden folders, virtual
-    environments and build output. Links, files above 1 MiB and files that are not UTF-8 are left out.
+    environments and build output. Links, files above 1 MiB and files that are not UTF-8, or whose names are not or hold
+    a backslash, are left out.
     """
     if not root.is_dir():
         raise DirectoryError(f"{root}: not a directory; give --directory an existing one")
@@ -36,7 +38,7 @@ def read_directory(root: Path) -> dict[str, str]:
     paths = _walk(root) if listed is None else (path for path in listed.split("\0") if path)
     files = {}
     for path in sorted(set(paths)):
-        if path.split("/")[0] == STATE_FOLDER or not _is_plain_file(root, path):
+        if path.split("/")[0] == STATE_FOLDER or not _is_plain_name(path) or not _is_plain_file(root, path):
             continue
         data = (root / path).read_bytes() if (root / path).stat().st_size <= MAX_FILE_BYTES else None
         if data is not None:
@@ -47,8 +49,9 @@ def read_directory(root: Path) -> dict[str, str]:
 
 def check_writable(root: Path) -> None:
     """Raises `DirectoryError` unless `git checkout` could undo whatever is written: a git tree with nothing
-    uncommitted below `root`."""
-    done = _run_git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--", ".")
+    uncommitted below `root`. Submodules are not ours to write and not looked into."""
+    arguments = ("status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=dirty", "--", ".")
+    done = _run_git(root, *arguments, settings=_without_filters(root))
     if done is None or done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().partition("\n")[0] if done else "there is no git here"
         raise DirectoryError(
@@ -73,13 +76,8 @@ def write_edits(root: Path, before: Mapping[str, str], after: Mapping[str, str])
     with _temporaries() as temporaries:
         for path in changed:
             target = root / path
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            temporaries.append(Path(name))
-            with os.fdopen(handle, "wb") as file:
-                file.write(after[path].encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.copymode(target, name)
+            _write(temporaries, target.parent, target.name, after[path].encode("utf-8"))
+            shutil.copymode(target, temporaries[-1])
         for path, temporary in zip(changed, temporaries, strict=True):
             temporary.replace(root / path)
     return changed
@@ -87,7 +85,9 @@ def write_edits(root: Path, before: Mapping[str, str], after: Mapping[str, str])
 
 def load_state(root: Path) -> StateUpdate | None:
     """The planner's state after the last applied step, None before the first."""
-    path = root / STATE_FOLDER / _STATE_FILE
+    path = _state_folder(root) / _STATE_FILE
+    if path.is_symlink():
+        raise DirectoryError(f"{path}: is a link, and links are not followed; remove it")
     if not path.exists():
         return None
     try:
@@ -98,22 +98,42 @@ def load_state(root: Path) -> StateUpdate | None:
 
 def save_state(root: Path, state: StateUpdate) -> None:
     """Keeps `state` for the next step, out of sight of version control."""
+    folder = _state_folder(root)
+    folder.mkdir(exist_ok=True)
+    with _temporaries() as temporaries:
+        for name, text in ((".gitignore", "*\n"), (_STATE_FILE, render_state(state) + "\n")):
+            # A new name: one that can be foreseen may be a link which the tree brought along.
+            _write(temporaries, folder, name, text.encode("utf-8"))
+            temporaries[-1].replace(folder / name)
+
+
+def _state_folder(root: Path) -> Path:
     folder = root / STATE_FOLDER
     if folder.is_symlink():
         raise DirectoryError(f"{folder}: is a link, and links are not followed; remove it")
-    folder.mkdir(exist_ok=True)
-    for name, text in ((".gitignore", "*\n"), (_STATE_FILE, render_state(state) + "\n")):
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
+    if folder.exists() and not folder.is_dir():
+        raise DirectoryError(f"{folder}: is not a folder, and the state is kept in one; move it away")
+    return folder
+
+
+def _write(temporaries: list[Path], folder: Path, name: str, data: bytes) -> None:
+    """A new file beside what is to be `name`, with `data` on disk, as the last of `temporaries`."""
+    handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    temporaries.append(Path(path))
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_plain_name(path: str) -> bool:
+    """Whether the sandbox and an action's globs can speak of the path. (Names that are no UTF-8 come as surrogates.)"""
+    return is_relative_path(path) and not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _is_plain_file(root: Path, path: str) -> bool:
-    target = root.resolve() / path
-    return target.resolve() == target and target.is_file()
+    target = Path(os.path.realpath(root)) / path  # Path.resolve raises on a loop of links
+    return os.path.realpath(target) == str(target) and target.is_file()
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -133,11 +153,30 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.decode("utf-8", "surrogateescape") if done and done.returncode == 0 else None
 
 
-def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | None:
+def _without_filters(root: Path) -> dict[str, str]:
+    """Settings that turn off the filters which the tree's own configuration defines: programs that `git status` would
+    run on files whose times differ from the index's, as all do in an archive just unpacked. The user's own stay."""
+    done = _run_git(root, "config", "--null", "--show-scope", "--get-regexp", r"^filter\.")
+    fields = done.stdout.decode("utf-8", "surrogateescape").split("\0") if done else []
+    settings = {}
+    for scope, entry in zip(fields[::2], fields[1::2], strict=False):
+        driver = entry.partition("\n")[0].rpartition(".")[0]
+        if scope not in ("system", "global"):
+            settings |= {f"{driver}.clean": "", f"{driver}.process": "", f"{driver}.required": "false"}
+    return settings
+
+
+def _run_git(
+    root: Path, *arguments: str, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes] | None:
     # Variables of a surrounding git (a hook's GIT_DIR) would point elsewhere; a file watcher of the tree's own
     # configuration would be a program that runs merely because somebody looked.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(root), *arguments]
+    given = {"core.fsmonitor": "false", **(settings or {})}
+    environment["GIT_CONFIG_COUNT"] = str(len(given))
+    for number, (key, value) in enumerate(given.items()):
+        environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, capture_output=True, env=environment, check=False)
     except FileNotFoundError:

@@ -138,6 +138,7 @@ def test_every_choice_is_accepted_and_nothing_else(path):
         ({"control": {"keep_best": True}, "eval": {"every": 5}}, "eval.split = 'test': must be 'dev'"),
         ({"grpo": {"credit": "blocks", "baseline": "none"}}, "grpo.credit = 'blocks': components are compared"),
         ({"grpo": {"scale": "components"}, "reward": {"execution": 0.1}}, "grpo.scale = 'components': what an action"),
+        ({"grpo": {"scale": "std", "baseline": "none"}}, "grpo.scale = 'std': divides by a group's deviation"),
         ({"grpo": {"teacher_in_group": True, "group_size": 2}}, "grpo.group_size = 2: must be at least 3"),
         ({"method": "sft", "replay": {"record": True}}, "replay.record = True: method 'sft' samples nothing"),
         ({"grpo": {"teacher_in_group": True}, "replay": {"record": True}}, "replay.record = True: a teacher's row"),

@@ -112,6 +112,12 @@ def test_lines_that_are_no_tasks(shop, tmp_path):
     (tmp_path / "repos" / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file that can be read"):
         read_user_tasks(shop(repository="repos/empty"), 60)
+    many = tmp_path / "repos" / "many"
+    many.mkdir()
+    for number in range(513):
+        (many / f"f{number}.py").write_text("")
+    with pytest.raises(DataError, match=r"a repository of 513 files; the sandbox takes at most 512; name a part of it"):
+        read_user_tasks(shop(repository="repos/many"), 60)
     for number in range(5):
         (tmp_path / "repos" / "shop" / f"big{number}.txt").write_text("x" * (1 << 20))
     with pytest.raises(DataError, match=r"holds 524\d+ bytes of text, at most 4194304"):

@@ -23,6 +23,7 @@ from data_pipeline.tasks.catalogue import rule_named
 from data_pipeline.tasks.generated import generate
 from data_pipeline.teacher import Answer, NoAnswer, OracleTeacher, TeacherMix
 from data_pipeline.teacher_config import Limits, Price, load_teacher_config
+from data_pipeline.write import write_raw
 from srl_jax.trace import TAGS, Rejection, parse_trace
 from tests.hostile_server import event, serve
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -84,6 +85,26 @@ def test_a_trace_is_cut_at_its_end_however_it_is_sliced(data):
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     guard = guarded(pieces)
     assert guard.done and not guard.cut and guard.text == text and parse_trace(guard.text)
+
+
+def test_halves_of_a_character_are_put_together_and_a_lone_one_is_counted(teacher, tmp_path):
+    emoji = TRACE.replace("<think>", "<think>\U0001f600 ", 1)
+    place = emoji.index("\U0001f600")
+    pieces = [emoji[:place], "\ud83d", "\ude00", emoji[place + 1 :]]
+    assert guarded(pieces).text == emoji
+
+    def endpoint(exchange):
+        exchange.begin()
+        for piece in [TRACE[:7], "\ud83d", " ", TRACE[7:]]:
+            exchange.send(event(piece))
+        exchange.send(event("", "stop") + b"data: [DONE]\n\n")
+
+    with serve(endpoint) as (url, _), RawStore(tmp_path / "raw") as store:
+        [answer] = collect(teacher(url), drafts(1), store)
+        [kept] = store.answers()
+    assert answer.text == kept["text"] == TRACE[:7] + "\ud83d " + TRACE[7:] and answer.completion_tokens > 0
+    write_raw(tmp_path / "raw.jsonl.gz", [kept])
+    assert json.loads(gzip.decompress((tmp_path / "raw.jsonl.gz").read_bytes()))["text"] == answer.text
 
 
 @pytest.mark.parametrize(
@@ -408,6 +429,20 @@ def test_a_kill_while_compressing_doubles_nothing(tmp_path):
     (tmp_path / "00000.tmp").write_bytes(b"\x1f\x8b half")  # killed while writing it
     with RawStore(tmp_path) as store:
         assert len(store) == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_of_other_files_stays_as_it_is(tmp_path):
+    names = ("tasks.jsonl", "tasks.jsonl.gz", "notes.tmp", "1.jsonl", "00000.jsonl.bak")
+    for name in names:
+        (tmp_path / name).write_text("mine, without an end")
+    with RawStore(tmp_path) as store:
+        assert len(store) == 0
+        store.add("k", line(0))
+    assert {(tmp_path / name).read_text() for name in names} == {"mine, without an end"}
+    (tmp_path / "00007.jsonl").write_text("mine too\nwithout an end")  # named as ours are, and not of ours
+    with pytest.raises(DataError, match=r"00007.jsonl, line 1 is not a line"):
+        RawStore(tmp_path)
+    assert (tmp_path / "00007.jsonl").read_text() == "mine too\nwithout an end"
 
 
 def test_damage_is_named_and_duplicates_are_not_counted_twice(tmp_path, caplog):

@@ -7,6 +7,7 @@ import pytest
 from srl_jax.episodes import PROMPT_TOO_LONG, play, whole_episodes
 from srl_jax.records import EpisodeStep, SourceFile, TeacherRecord, TestSpec
 from srl_jax.sandbox import Sandbox
+from srl_jax.sandbox.isolation import SandboxCrash
 from srl_jax.sandbox.service import RewardService, Score, ScoreRequest
 from srl_jax.trace import Action, StateUpdate, Trace, parse_trace, render_trace
 from tests.fakes import HashEmbedder, teacher_record, tiny_config
@@ -125,6 +126,29 @@ def test_what_could_not_be_judged_is_not_known(sandbox):
     answers = lambda records: [(record.trace, Score(None, None, "infrastructure: gone")) for record in records]
     items = play([an_episode()], answers, sandbox, tiny_config())
     assert [(item["success"], item["reward"]) for item in items] == [(None, None)] * 3
+
+
+def test_an_isolation_that_fails_once_is_tried_again_and_a_last_step_leads_nowhere(sandbox, service):
+    class Shaky:
+        tries = 0
+
+        def apply(self, *given, **options):
+            self.tries += 1
+            if self.tries == 1:
+                raise SandboxCrash("gone")
+            return sandbox.apply(*given, **options)
+
+    shaky = Shaky()
+    answers = lambda records: [(record.trace, Score(None, None, "not asked")) for record in records]
+    items = play([an_episode()], answers, shaky, tiny_config())
+    assert len(items) == STEPS and shaky.tries == STEPS  # one failed, and nothing follows the last
+
+    class Gone:
+        def apply(self, *given, **options):
+            raise SandboxCrash("gone")
+
+    with pytest.raises(SandboxCrash):
+        play([an_episode()], answers, Gone(), tiny_config())
 
 
 def test_episodes_of_different_length_are_played_side_by_side(sandbox, service):

@@ -67,6 +67,8 @@ def test_the_most_common_trace_is_the_one_nearest_to_all_others():
         )
 
     assert max(range(4), key=mean) == 1
+    gated = dataclasses.replace(DEFAULT_CONFIG, match_gate=0.5, execution=0.2)
+    assert common_trace(corpus, words, gated) == chosen, "what actions do is left out"
     with pytest.raises(ValueError, match="no records"):
         common_trace([], words, DEFAULT_CONFIG)
 

@@ -1,5 +1,6 @@
 """Further passes: samples with and without the grammar, gone on with after a break; a whole run's evaluation."""
 
+import dataclasses
 import json
 
 import pytest
@@ -63,6 +64,17 @@ def test_samples_parse_differ_and_have_a_kl_of_their_own(add):
     took = evaluation["passes"]["sampled"]
     assert took["count"] == 3 and took["seconds"] > 0 and {"rollout", "reference"} <= took["seconds_by_part"].keys()
     assert "free" not in evaluation["items"][0]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_adapters_that_change_nothing_have_no_kl_at_any_temperature(student, service, tmp_path, temperature):
+    warm = dataclasses.replace(student, sampling=dataclasses.replace(student.sampling, temperature=temperature))
+    fresh = student.fresh_lora(0)
+    evaluation = evaluate(student, fresh, RECORDS[:2], service, config_of_two(), name="student")
+    path = tmp_path / "eval_student.json"
+    add_answers(path, evaluation, "sampled", warm, fresh, RECORDS[:2], service, config_of_two(), count=2)
+    ratios = [answer["kl"] for item in evaluation["items"] for answer in item["sampled"]]
+    assert max(map(abs, ratios)) < 1e-4, ratios
 
 
 def test_without_the_grammar_a_random_model_writes_no_trace(add):

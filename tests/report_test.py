@@ -5,9 +5,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from srl_jax.metrics import METRICS_FILE
+from srl_jax.metrics import METRICS_FILE, read_metrics
 from srl_jax.report import ReportError, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -121,6 +122,18 @@ def test_evaluations_during_training_are_a_curve_not_columns(workdir):
     assert "|  | base | student | student - base |" in text
     assert "plots/held_out.png" in text
     assert (workdir / "plots" / "held_out.png").read_bytes().startswith(PNG)
+
+
+def test_the_curve_is_of_the_same_tasks_and_of_what_was_evaluated_then(workdir, monkeypatch):
+    last = read_metrics(workdir)[-1]["step"]
+    write_evaluation(workdir, "step1", [item(n, 0.4) for n in range(10)])
+    write_evaluation(workdir, "step2", [item(n + 100, 0.4) for n in range(10)])  # of another split
+    write_evaluation(workdir, f"step{last}", [item(n, 0.05) for n in range(10)])  # worse than the best, which was kept
+    drawn = []
+    monkeypatch.setattr("srl_jax.report._plots", lambda *given: drawn.append(given[-1]) or "")
+    write_report(workdir)
+    means = {step: round(float(np.mean([one["reward"] for one in items])), 3) for step, items in drawn[0].items()}
+    assert sorted(means) == [0, 1, last] and means[1] == 0.4 and means[last] == 0.05
 
 
 def test_unscored_tasks_are_left_out_and_counted(workdir):

@@ -20,7 +20,7 @@ from srl_jax.rewards import (
 )
 from srl_jax.trace import LANGUAGES, Action, Rejection, StateUpdate, Trace, render_trace
 
-# algorithm.md's example: `language` is left out on both sides.
+# The worked example: `language` is left out on both sides.
 TEACHER = Action(None, "print($A)", "logger.info($A)", ("src/app.py",))
 STUDENT = Action(None, "print($A)", "log.info($A)", ("src/app.py",))
 

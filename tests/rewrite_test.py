@@ -160,6 +160,7 @@ class TestJudging:
             ({"a.py": ""}, "no unittest test file"),
             ({"test_a.py": "import gone\n"}, "no unittest test passes before"),
             ({f"f{n}.py": "" for n in range(600)}, "at most 512"),
+            ({f"f{n}.txt": "x" * (1 << 20) for n in range(66)}, "66 MiB of files, .* at most 64"),
         ],
     )
     def test_tests_that_can_tell_nothing_are_refused(self, sandbox, files, message):

@@ -519,11 +519,13 @@ def test_two_processes_with_sandboxes_do_not_disturb_each_other():
     assert [outcome for outcome in outcomes if not outcome.satisfies(spec.expected_ids)] == []
 
 
-def test_without_a_control_group_memory_is_watched(monkeypatch):
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_without_a_control_group_memory_is_watched(monkeypatch, kind):
     monkeypatch.setattr("srl_jax.sandbox.isolation.open_cgroup", lambda *args, **kwargs: None)
+    held = {"private": "bytearray(b'x') * size", "shared": "mmap.mmap(-1, size); hold.write(b'x' * size)"}[kind]
     body = (
-        "import os, time\nfor _ in range(6):\n"
-        "    if os.fork() == 0: hold = bytearray(b'x') * (50 << 20); time.sleep(60)\n"
+        "import mmap, os, time\nsize = 50 << 20\nfor _ in range(6):\n"
+        f"    if os.fork() == 0: hold = {held}; time.sleep(60)\n"
     )
     with Sandbox(SandboxConfig(slot_memory_bytes=200 << 20)) as sandbox:
         assert "control group" not in sandbox.isolation

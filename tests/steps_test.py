@@ -108,7 +108,7 @@ def test_updates_that_stay_broken_end_the_run_and_it_goes_on_afterwards(tmp_path
         return real(state, params, automaton, batch, *rest, **options)
 
     monkeypatch.setattr(steps, "train_step", poisoned)
-    with pytest.raises(Diverged, match=r"2 updates in a row had a non-finite loss or gradient.*broken"):
+    with pytest.raises(Diverged, match=r"2 steps in a row had only updates of a non-finite loss or gradient.*broken"):
         train.train(config, tmp_path / "run", CountingStream(), HELD_OUT)
     assert sorted(path.name for path in (tmp_path / "run" / "broken").iterdir()) == ["step2.npz", "step3.npz"]
     with np.load(tmp_path / "run" / "broken" / "step2.npz") as dump:
@@ -117,6 +117,9 @@ def test_updates_that_stay_broken_end_the_run_and_it_goes_on_afterwards(tmp_path
     assert train.train(config, tmp_path / "run", CountingStream(), HELD_OUT)
     metrics = read_metrics(tmp_path / "run")
     assert [m["skipped"] for m in metrics] == [0.0, 1.0, 1.0, 0.0]
+    # The schedule counts the updates that were made, and what is logged is the rate in use.
+    rates = [m["learning_rate"] for m in metrics]
+    assert rates[1] == rates[2] == rates[3] < rates[0]
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])

@@ -219,6 +219,7 @@ def test_a_teacher_is_a_member_that_is_imitated(student, lora):
         student, sampling=dataclasses.replace(student.sampling, max_new_tokens=160, max_think_tokens=24)
     )
     config.grpo.teacher_in_group, config.grpo.kl_coef = True, 0.3
+    config.reward.match_gate = 0.5  # which the teacher passes: it matches what it matches
     service = Scripted(lambda number: (0.1, 0.1, 0.1) if number else (0.1, UNSCORED, 0.3))
     service.size = 3
     got = collect_rollouts(roomy, lora, CountingStream(), jax.random.key(0), service, config, step_settings(config))

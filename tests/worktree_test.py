@@ -48,6 +48,14 @@ def test_what_is_no_source_is_left_out(plain):
     assert set(read_directory(plain)) == {"b.py", "src/a.py"}
 
 
+def test_names_that_no_glob_can_speak_of_are_left_out(plain):
+    (plain / "a\\b.py").write_text("")
+    (plain / os.fsdecode(b"caf\xe9.py")).write_text("")
+    assert set(read_directory(plain)) == {"b.py", "src/a.py"}
+    git(plain, "init", "-q")
+    assert set(read_directory(plain)) == {"b.py", "src/a.py"}
+
+
 def test_git_says_which_files_count(tree):
     (tree / ".gitignore").write_text("out/\n")
     (tree / "out").mkdir()
@@ -122,6 +130,28 @@ def test_looking_runs_no_program_of_the_tree(tree, tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("kind", ["clean", "process"])
+def test_looking_runs_no_filter_of_the_trees_own_configuration(tree, tmp_path, kind):
+    marker = tmp_path / "ran"
+    (tree / ".gitattributes").write_text("*.py filter=x=y\n")
+    git(tree, "add", "-A")
+    git(tree, "commit", "-qm", "second")
+    git(tree, "config", f"filter.x=y.{kind}", f"touch {marker}; cat")
+    git(tree, "config", "filter.x=y.required", "true")
+    (tree / "b.py").touch()  # the index no longer knows it, as after unpacking an archive
+    os.utime(tree / "b.py", (1, 1))
+    check_writable(tree)
+    read_directory(tree)
+    assert not marker.exists()
+    subprocess.run(["git", "-C", tree, "status"], capture_output=True, check=False)  # without our care it does run
+    assert marker.exists()
+
+
+def test_a_loop_of_links_is_no_file(tree):
+    (tree / "loop.py").symlink_to("loop.py")
+    assert set(read_directory(tree)) == {"b.py", "src/a.py"}
+
+
 def test_an_edit_keeps_mode_and_line_ends(tree):
     (tree / "src" / "a.py").chmod(0o755)
     files = read_directory(tree)
@@ -176,4 +206,26 @@ def test_a_linked_state_folder_is_refused(tree, tmp_path):
     (tree / ".srl_jax").symlink_to(tmp_path / "outside")
     with pytest.raises(DirectoryError, match="is a link"):
         save_state(tree, StateUpdate.empty())
+    with pytest.raises(DirectoryError, match="is a link"):
+        load_state(tree)
     assert not list((tmp_path / "outside").iterdir())
+
+
+def test_links_that_wait_in_the_state_folder_lead_nowhere(tree, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    save_state(tree, StateUpdate.empty())
+    for name in (".gitignore", "state.json", ".gitignore.tmp", "state.json.tmp"):
+        (tree / ".srl_jax" / name).unlink(missing_ok=True)
+        (tree / ".srl_jax" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(DirectoryError, match=r"state\.json: is a link"):
+        load_state(tree)
+    save_state(tree, StateUpdate.empty())
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert load_state(tree) == StateUpdate.empty()
+
+
+def test_a_state_folder_that_is_a_file_is_refused(tree):
+    (tree / ".srl_jax").write_text("")
+    for attempt in (load_state, lambda root: save_state(root, StateUpdate.empty())):
+        with pytest.raises(DirectoryError, match="is not a folder"):
+            attempt(tree)

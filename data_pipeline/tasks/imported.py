@@ -21,6 +21,7 @@ from srl_jax.records import SourceFile, Task, TestSpec
 from srl_jax.relevance import relevant_places
 from srl_jax.sandbox.engine import EXTENSIONS
 from srl_jax.sandbox.globs import is_relative_path
+from srl_jax.sandbox.isolation import check_repository
 from srl_jax.trace import StateUpdate, TraceError, parse_state, strict_json
 from srl_jax.worktree import DirectoryError, read_directory
 
@@ -121,6 +122,10 @@ def _repository(root: Path) -> dict[str, str]:
         raise _Wrong(f"repository {root} is not a directory") from None
     if not files:
         raise _Wrong(f"repository {root} holds no file that can be read: they must be UTF-8, and at most 1 MiB")
+    try:
+        check_repository(files)
+    except ValueError as error:
+        raise _Wrong(f"repository {root}: {error}; name a part of it") from None
     size = sum(len(text.encode()) for text in files.values())
     if size > _MAX_REPOSITORY_BYTES:
         raise _Wrong(

@@ -16,7 +16,6 @@ import json
 import marshal
 import math
 import os
-import resource
 import selectors
 import shutil
 import signal
@@ -384,23 +383,24 @@ class _Init:
     def uses_more_than(self, limit: int) -> bool:
         """Whether the processes of the namespace, all of which descend from this one, hold more memory than that.
 
-        Anonymous pages are added up first, which is cheap and counts what forks share several times; only when that
-        is too much are shared pages divided among their owners.  (The tmpfs mounts have their own bounds.)
+        Anonymous and shared memory is added up first, which is cheap and counts what forks share several times; only
+        when that is too much are shared pages divided among their owners.  Files mapped from a disk do not count.
         """
         if self.pid is None:
             return False
-        private: dict[Path, int] = {}
+        held: dict[Path, int] = {}
         waiting = [self.pid]
         while waiting:
             folder = Path(f"/proc/{waiting.pop()}")
             with contextlib.suppress(OSError, ValueError):  # it ended while being looked at
-                resident, shared = (folder / "statm").read_text().split()[1:3]
-                private[folder] = (int(resident) - int(shared)) * resource.getpagesize()
+                sizes = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                resident = (sizes.get(name, "0") for name in ("RssAnon", "RssShmem"))  # a zombie has neither
+                held[folder] = sum(int(size.split()[0]) << 10 for size in resident)
                 for children in folder.glob("task/*/children"):
                     waiting += map(int, children.read_text().split())
-        if sum(private.values()) <= limit:
+        if sum(held.values()) <= limit:
             return False
-        return sum(_proportional_bytes(folder, otherwise=size) for folder, size in private.items()) > limit
+        return sum(_proportional_bytes(folder, otherwise=size) for folder, size in held.items()) > limit
 
 
 def _proportional_bytes(folder: Path, otherwise: int) -> int:

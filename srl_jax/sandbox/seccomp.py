@@ -3,7 +3,8 @@
 Assembled by hand because the filter is short and a bare machine may lack libseccomp.  Everything the filter
 refuses fails with EPERM (so that programs report it rather than die), except foreign architectures, which are
 killed: their numbers would mean other calls.  `clone3` fails with ENOSYS, since its flags lie behind a pointer a
-filter cannot read; the C library then falls back to `clone`, whose flags are checked.
+filter cannot read; the C library then falls back to `clone`, whose flags are checked.  Memory that no process has
+mapped (memfd_create, shmget) is refused since nothing but a control group would count it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _X86_64 = {
     "migrate_pages": 256, "unshare": 272, "move_pages": 279, "perf_event_open": 298, "fanotify_init": 300,
     "name_to_handle_at": 303, "open_by_handle_at": 304, "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310,
     "process_vm_writev": 311, "kcmp": 312, "finit_module": 313, "kexec_file_load": 320, "bpf": 321,
-    "userfaultfd": 323, "vhangup": 153,
+    "userfaultfd": 323, "vhangup": 153, "memfd_create": 319, "shmget": 29,
 }  # fmt: skip
 
 _AARCH64 = {
@@ -49,7 +50,7 @@ _AARCH64 = {
     "migrate_pages": 238, "unshare": 97, "move_pages": 239, "perf_event_open": 241, "fanotify_init": 262,
     "name_to_handle_at": 264, "open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268, "process_vm_readv": 270,
     "process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "kexec_file_load": 294, "bpf": 280,
-    "userfaultfd": 282, "vhangup": 58,
+    "userfaultfd": 282, "vhangup": 58, "memfd_create": 279, "shmget": 194,
 }  # fmt: skip
 
 # machine -> (AUDIT_ARCH, denied calls, socket, clone, clone3, ioctl)

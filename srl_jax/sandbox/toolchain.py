@@ -278,7 +278,10 @@ def _stage(label: str, parts: list[tuple[Path, Path]]) -> Path:
 def _staged(label: str, identity: bytes, fill: Callable[[Path], None]) -> Path:
     """The cache folder for that identity; made, readable by everybody, and filled by `fill` where there is none."""
     cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True, mode=0o755)
+    missing = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        folder.chmod(0o755)  # whatever the umask: guests of another uid run what is staged here
     owner = cache.stat()
     if owner.st_uid != os.geteuid() or owner.st_mode & 0o022:
         raise SandboxUnavailable(
