@@ -522,7 +522,10 @@ def test_two_processes_with_sandboxes_do_not_disturb_each_other():
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_without_a_control_group_memory_is_watched(monkeypatch, kind):
     monkeypatch.setattr("srl_jax.sandbox.isolation.open_cgroup", lambda *args, **kwargs: None)
-    held = {"private": "bytearray(b'x') * size", "shared": "mmap.mmap(-1, size); hold.write(b'x' * size)"}[kind]
+    held = {
+        "private": "bytearray(b'x') * size",
+        "shared": "mmap.mmap(-1, size); [hold.write(bytes(4096)) for _ in range(size >> 12)]",
+    }[kind]
     body = (
         "import mmap, os, time\nsize = 50 << 20\nfor _ in range(6):\n"
         f"    if os.fork() == 0: hold = {held}; time.sleep(60)\n"
