@@ -53,6 +53,26 @@ def test_draw_follows_the_distribution_and_never_takes_a_zero():
     assert scipy.stats.chisquare(counts[weights > 0], expected).pvalue > 1e-3
 
 
+def test_draw_takes_no_zero_where_running_sums_round_upwards():
+    # Sums over many blocks are made in parallel, and grow by a rounding where nothing is added.
+    rng = np.random.default_rng(0)
+    weights = (rng.random((32, 1187)) * (rng.random((32, 1187)) < 0.3)).astype(np.float32)
+    sums = np.asarray(jax.jit(functools.partial(jnp.cumsum, axis=-1))(weights))
+    rows, fractions = [], []
+    for row, place in np.argwhere((np.diff(sums) > 0) & (weights[:, 1:] == 0)):
+        near = np.float32(sums[row, place] / sums[row, -1])
+        for fraction in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(1))):
+            if fraction * sums[row, -1] == sums[row, place] and rows.count(row) < 4:
+                rows.append(row)
+                fractions.append(fraction)
+    assert len(rows) > 32
+    probs = np.zeros((len(rows), 1187, 128), np.float32)  # a token a block
+    probs[:, :, 0] = weights[rows]
+    probs = probs.reshape(len(rows), -1)
+    drawn = np.asarray(draw(jnp.asarray(probs), jnp.stack([jnp.asarray(fractions), jnp.zeros(len(rows))], axis=-1)))
+    assert (probs[np.arange(len(rows)), drawn] > 0).all()
+
+
 def test_draw_at_the_ends_of_the_interval():
     weights = np.zeros((2, 300), np.float32)
     weights[:, [7, 250]] = 1
