@@ -98,6 +98,24 @@ def test_a_run_can_be_repeated_by_its_directory(whole, tmp_path):
         recorded_environment(tmp_path)
 
 
+def test_a_base_that_another_run_evaluated_is_taken_where_it_would_be_the_same(whole, tmp_path, monkeypatch):
+    evaluated = []
+    real = train.evaluate
+    monkeypatch.setattr(
+        train, "evaluate", lambda *given, name, **rest: evaluated.append(name) or real(*given, name=name, **rest)
+    )
+    alike = small(eval__every=1, eval__split="dev", optim__learning_rate=0.02)
+    other = small(eval__every=1, eval__split="dev", reward__think_weight=0.1)
+    for name, config in (("alike", alike), ("other", other)):
+        config.steps = 1
+        (tmp_path / name).mkdir()
+        shutil.copy(whole[1] / "eval_base.json", tmp_path / name)  # as a sweep does between its cells
+        assert train.train(config, tmp_path / name, CountingStream(), HELD_OUT)
+    assert evaluated == ["student", "base", "student"]
+    told = [(tmp_path / name / "eval_base.json").read_bytes() for name in ("alike", "other")]
+    assert told[0] == (whole[1] / "eval_base.json").read_bytes() != told[1]
+
+
 def test_updates_that_stay_broken_end_the_run_and_it_goes_on_afterwards(tmp_path, monkeypatch):
     config = small(control__max_broken_updates=2, grpo__dynamic_sampling_min_std=0.0)
     real = steps.train_step

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataSetConfig
-from data_pipeline.pipeline import prepare
 from srl_jax.sweep import Sweep, SweepError, load_recipe, plan, run_jobs
 from srl_jax.sweep_report import write_sweep_report
 from tests.report_test import item, table_row
@@ -207,27 +205,6 @@ def test_the_base_is_evaluated_once_for_cells_that_share_it(tmp_path, trainer):
         *(f"{cell}, seed 1: its base is that of a, already evaluated" for cell in ("a", "bad", "b")),
         "c, seed 1: its base is that of c, already evaluated",
     ]
-
-
-def test_the_real_trainer_takes_the_base_that_another_cell_evaluated(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a user's machine
-    small = {"train": 8, "dev": 0, "test": 2, "languages": ("python",), "real_share": 0.0, "max_excerpt": 180}
-    prepare(DataSetConfig(tag="test", max_trace=440, **small), tmp_path / "set")
-    changes = {
-        "data.dir": str(tmp_path / "set"), "steps": 1, "eval.max_tasks": 2, "eval.execute": False,
-        "data.prompts_per_step": 2, "data.max_prompt_tokens": 320, "sampling.max_new_tokens": 64,
-        "sampling.max_think_tokens": 8,
-    }  # fmt: skip
-    jobs = plan(
-        sweep(cells={"a": {}, "b": {"optim.learning_rate": 1e-2}}, seeds=(0,), overrides=changes), tmp_path / "out"
-    )
-    run_jobs(jobs, [sys.executable, str(ROOT / "launch" / "train.py")], parallel=1, note=print)
-    assert [job.status["state"] for job in jobs] == ["done"] * 2, [job.status for job in jobs]
-    assert ["base: reward" in (job.workdir / "log.txt").read_text() for job in jobs] == [True, False]
-    bases, students = [
-        [(job.workdir / f"eval_{name}.json").read_bytes() for job in jobs] for name in ("base", "student")
-    ]
-    assert bases[0] == bases[1] and students[0] != students[1]
 
 
 def test_the_real_trainer_fails_by_its_own_words(tmp_path):
