@@ -29,7 +29,7 @@ class StreamGuard:
 
     def feed(self, piece: str) -> bool:
         """Takes the next piece; False as soon as nothing more need be read."""
-        if self.text[-1:] >= "\ud800" and self.text[-1] <= "\udbff" and "\udc00" <= piece[:1] <= "\udfff":
+        if "\ud800" <= self.text[-1:] <= "\udbff" and "\udc00" <= piece[:1] <= "\udfff":
             # The second half of a character, sent apart from the first.
             piece = (self.text[-1] + piece).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
             self.text = self.text[:-1]

@@ -69,11 +69,11 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     workdir = Path(workdir)
     evaluations = {"base": load_evaluation(workdir / "eval_base.json")}
     evaluations["student"] = load_evaluation(workdir / "eval_student.json")
-    held_out = {0: evaluations["base"]}
+    held_out = {0: evaluations["base"]["items"]}
     for path in sorted(workdir.glob("eval_*.json")):
         name = path.stem.removeprefix("eval_")
         if during := re.fullmatch(r"step(\d+)", name):
-            held_out[int(during.group(1))] = load_evaluation(path)
+            held_out[int(during.group(1))] = load_evaluation(path)["items"]
         else:
             evaluations.setdefault(name, load_evaluation(path))
     items = {name: evaluation["items"] for name, evaluation in evaluations.items()}
@@ -82,10 +82,10 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     records = read_metrics(workdir)
     if records:
         # What was evaluated then stands: where the best state is kept, the student is an earlier one.
-        held_out.setdefault(records[-1]["step"], evaluations["student"])
-    of_base = {item["task_id"] for item in base}  # launch/evaluate.py may have asked others since
-    curve = {step: each["items"] for step, each in held_out.items()}
-    curve = {step: each for step, each in curve.items() if {item["task_id"] for item in each} == of_base}
+        held_out.setdefault(records[-1]["step"], student)
+    tasks = lambda answers: {item["task_id"] for item in answers}
+    # launch/evaluate.py may have asked the base other tasks since.
+    held_out = {step: answers for step, answers in held_out.items() if tasks(answers) == tasks(base)}
 
     sections = [
         "# Report",
@@ -102,7 +102,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         tables.rejections(items),
         *tables.times(evaluations),
         "## Curves",
-        _plots(workdir / "plots", items, records, curve),
+        _plots(workdir / "plots", items, records, held_out),
         "## Traces side by side",
         *(_side_by_side(*pair) for pair in _chosen(base, student)),
     ]

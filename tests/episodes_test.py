@@ -128,7 +128,7 @@ def test_what_could_not_be_judged_is_not_known(sandbox):
     assert [(item["success"], item["reward"]) for item in items] == [(None, None)] * 3
 
 
-def test_an_isolation_that_fails_once_is_tried_again_and_a_last_step_leads_nowhere(sandbox, service):
+def test_an_isolation_that_fails_once_is_tried_again_and_a_last_step_leads_nowhere(sandbox):
     class Shaky:
         tries = 0
 

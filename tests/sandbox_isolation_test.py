@@ -519,12 +519,14 @@ def test_two_processes_with_sandboxes_do_not_disturb_each_other():
     assert [outcome for outcome in outcomes if not outcome.satisfies(spec.expected_ids)] == []
 
 
-@pytest.mark.parametrize("kind", ["private", "shared"])
+@pytest.mark.parametrize("kind", ["private", "shared", "oddly named"])
 def test_without_a_control_group_memory_is_watched(monkeypatch, kind):
     monkeypatch.setattr("srl_jax.sandbox.isolation.open_cgroup", lambda *args, **kwargs: None)
     held = {
         "private": "bytearray(b'x') * size",
         "shared": "mmap.mmap(-1, size); [hold.write(bytes(4096)) for _ in range(size >> 12)]",
+        # What a process calls itself is part of what is read of it.
+        "oddly named": "open('/proc/self/comm', 'wb').write(b'a\\r\\xffb') and bytearray(b'x') * size",
     }[kind]
     body = (
         "import mmap, os, time\nsize = 50 << 20\nfor _ in range(6):\n"

@@ -16,6 +16,7 @@ import json
 import marshal
 import math
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -43,6 +44,7 @@ _WATCH_S = 0.05
 # bwrap's own death by a signal, or its report that init got SIGKILL.  Nothing inside can do either to them, but for
 # using up the memory of the slot's control group, which counts its victims.
 _KILLED_FROM_OUTSIDE = frozenset({*range(-64, 0), 128 + signal.SIGKILL})
+_HELD = re.compile(rb"^Rss(?:Anon|Shmem):\s*(\d+) kB$", re.MULTILINE)
 _OWN_VOICE = (b"bwrap: ", b"setpriv: ", b"enter: ")
 
 
@@ -384,7 +386,7 @@ class _Init:
         """Whether the processes of the namespace, all of which descend from this one, hold more memory than that.
 
         Anonymous and shared memory is added up first, which is cheap and counts what forks share several times; only
-        when that is too much are shared pages divided among their owners.  Files mapped from a disk do not count.
+        when that is too much are shared pages divided among their owners.
         """
         if self.pid is None:
             return False
@@ -393,9 +395,9 @@ class _Init:
         while waiting:
             folder = Path(f"/proc/{waiting.pop()}")
             with contextlib.suppress(OSError, ValueError):  # it ended while being looked at
-                sizes = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-                resident = (sizes.get(name, "0") for name in ("RssAnon", "RssShmem"))  # a zombie has neither
-                held[folder] = sum(int(size.split()[0]) << 10 for size in resident)
+                # Bytes, since the guest chooses the name in it, of which the kernel escapes the line feeds alone.
+                sizes = _HELD.findall((folder / "status").read_bytes())
+                held[folder] = sum(int(size) << 10 for size in sizes)
                 for children in folder.glob("task/*/children"):
                     waiting += map(int, children.read_text().split())
         if sum(held.values()) <= limit:
