@@ -50,7 +50,7 @@ def propose(path: Path, request: Request) -> list[Proposal]:
                 f"teacher {teacher.name}: no answer from {spec.base_url} ({silence}); see that its server runs, or "
                 f"mend base_url in {path}"
             ) from None
-        return judge(traces, request.files, sandbox, bench)
+        return judge(traces, request, sandbox, bench)
 
 
 def _traces(teacher: EndpointTeacher, request: Request) -> list[tuple[Place, Trace, None]]:

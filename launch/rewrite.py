@@ -1,7 +1,8 @@
 """Rewrite code: `python launch/rewrite.py --workdir=runs/demo --directory=. --instruction="Use log.info, not print"`.
 
 Shows the proposals of a run's newest checkpoint (or of --model, an export; or of --teacher, an endpoint), executed in
-the sandbox and ranked; writes nothing without --apply, and nothing outside --directory ever.
+the sandbox and ranked; one that holds none of the names which the instruction marks by backquotes is not usable.
+Writes nothing without --apply, and nothing outside --directory ever.
 Exit code: 0 a usable proposal (with --apply: applied), 1 none or declined, 2 a mistake.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from srl_jax.excerpt import excerpt
 from srl_jax.records import SourceFile, Task, TestSpec
-from srl_jax.relevance import Place, language_of, relevant_places
+from srl_jax.relevance import Place, holds_a_marked_name, language_of, relevant_places
 from srl_jax.sandbox.engine import EXTENSIONS, EngineResult, Status, reached_files
 from srl_jax.sandbox.isolation import MAX_REPOSITORY_FILES, Limits, check_repository
 from srl_jax.sandbox.runner import Sandbox, SandboxConfig, TestOutcome, exact_globs, runnable_files
@@ -48,17 +48,19 @@ class Proposal:
     result: EngineResult
     tests: TestOutcome | None = None
     broken_tests: tuple[str, ...] = ()  # passed before the edit, do not pass after it
+    on_topic: bool = True  # holds a name that the instruction marks; an edit of something else may pass every test
 
     @property
     def usable(self) -> bool:
-        """Whether it applied, and broke no test where tests were run."""
+        """Whether it applied, is about what the instruction marks, and broke no test where tests were run."""
         tested = self.tests is None or (self.tests.ended == "finished" and not self.broken_tests)
-        return self.result.status is Status.OK and tested
+        return self.result.status is Status.OK and self.on_topic and tested
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
             "usable": self.usable,
+            "on_topic": self.on_topic,
             "think": self.trace.think,
             "action": render_action(self.trace.action),
             "state": render_state(self.trace.state),
@@ -157,23 +159,24 @@ class TestBench:
 
 def judge(
     traces: Sequence[tuple[Place, Trace, float | None]],
-    files: Mapping[str, str],
+    request: Request,
     sandbox: Sandbox,
     bench: TestBench | None,
 ) -> list[Proposal]:
-    """Executes each trace's action on `files`; the best first.
+    """Executes each trace's action on the request's files; the best first.
 
     Usable ones come first, then those that applied at all, then the rest; within each the policy's own log-prob
     decides, and the order of `traces` where it is not told.
     """
     proposals = []
     for shown, trace, logprob in traces:
-        reached = reached_files(trace.action, files)
+        reached = reached_files(trace.action, request.files)
         if len(reached) > MAX_REPOSITORY_FILES:
             result = EngineResult(Status.TOO_MANY, reached, f"reaches {len(reached)} files")
         else:
             result = sandbox.apply(trace.action, reached, protected=exact_globs(bench.files) if bench else ())
-        proposal = Proposal(trace, shown, logprob, result)
+        on_topic = holds_a_marked_name(request.instruction, f"{trace.action.pattern}\n{trace.action.replacement}")
+        proposal = Proposal(trace, shown, logprob, result, on_topic=on_topic)
         if bench and result.status is Status.OK:
             tests, broken = bench.run(result.files_after)
             proposal = dataclasses.replace(proposal, tests=tests, broken_tests=broken)

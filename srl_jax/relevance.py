@@ -41,7 +41,7 @@ def relevant_places(
     """
     texts = {path: text for path, text in files.items() if language_of(path) in languages}
     weights = _weights(instruction)
-    patterns = {word: re.compile(rf"(?<![\w$]){re.escape(word)}(?![\w$])") for word in weights}
+    patterns = {word: re.compile(_whole(word)) for word in weights}
     hits = {word: {path for path, text in texts.items() if patterns[word].search(text)} for word in weights}
     value = {word: weights[word] * math.log1p(len(texts) / len(paths)) for word, paths in hits.items() if paths}
     places = []
@@ -57,6 +57,21 @@ def relevant_places(
         score = sum(value[word] for word in words) + (1e6 if named else 0.0)
         places.append(Place(path, line, language_of(path), score))
     return sorted(places, key=lambda place: (-place.score, place.path))[:limit]
+
+
+def holds_a_marked_name(instruction: str, code: str) -> bool:
+    """Whether `code` holds a name that `instruction` marks by backquotes; True where it marks none but files.
+
+    `old(x)` is also held where `old` is.
+    """
+    marked = _BACKQUOTED.findall(instruction)
+    names = {name for text in marked if language_of(text) is None for name in (text, *_words(text))}
+    return not names or any(re.search(_whole(name), code) for name in names)
+
+
+def _whole(word: str) -> str:
+    """A pattern of `word` where it is not a part of a longer name."""
+    return rf"(?<![\w$]){re.escape(word)}(?![\w$])" if re.search(r"\w", word) else re.escape(word)
 
 
 def _is_named(path: str, instruction: str) -> bool:

@@ -93,7 +93,7 @@ def propose(config: TrainConfig | None, path: Path, request: Request) -> list[Pr
     places_to_show(request)  # that there are none, or no tests, is known at once; the model takes long to load
     with Sandbox(request.sandbox()) as sandbox:
         bench = TestBench(sandbox, request.files, request.runner) if request.runner else None
-        return judge(_ask(config, path, request), request.files, sandbox, bench)
+        return judge(_ask(config, path, request), request, sandbox, bench)
 
 
 def _ask(config: TrainConfig | None, path: Path, request: Request) -> _Drawn:

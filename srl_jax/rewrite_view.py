@@ -46,6 +46,8 @@ def show(console: Console, proposals: Sequence[Proposal]) -> None:
         console.print(Syntax(printable(best.result.diff), "diff", background_color="default", word_wrap=True))
     else:
         console.print(Text(f"{best.result.status.value}: {printable(best.result.detail)}"), style="yellow")
+    if not best.on_topic:
+        console.print("edits none of the names that the instruction marks", style="red")
     for test in best.broken_tests:
         console.print(Text(f"breaks {printable(test)}"), style="red")
     console.print(Text(f"state after it: {printable(render_state(best.trace.state))}"), style="dim")

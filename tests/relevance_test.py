@@ -1,9 +1,10 @@
 """Which files an instruction speaks of."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srl_jax.relevance import language_of, relevant_places
+from srl_jax.relevance import holds_a_marked_name, language_of, relevant_places
 
 FILES = {
     "app/db.py": "import os\n\n\ndef load(key):\n    return get_row(key)\n",
@@ -36,6 +37,23 @@ def test_names_of_the_code_are_found_in_any_language():
     assert relevant_places("Benenne größe um", accents)[0].path == "a.py"
 
 
+@pytest.mark.parametrize(
+    ("instruction", "code", "held"),
+    [
+        ("Rename `_irregular` to `_add`.", "$X.upper()\n$X.capitalize()", False),
+        ("Rename `_irregular` to `_add`.", "_irregular($A)\n$A", True),
+        ("Rename `_irregular` to `_add`.", "add_irregular($A)\n$A", False),  # a part of a longer name
+        ("Replace `callable(x)` by `hasattr(x, '__call__')`.", "callable($A)\nf($A)", True),
+        ("Replace `f(X)`.", "g($X)\ng()", False),  # a metavariable is no name
+        ("Use f-strings, not `%`.", '"$S" % $A\nf($S)', True),
+        ("Remove debugging.", "print($X)\n", True),  # nothing is marked
+        ("Tidy `app/db.py`.", "print($X)\n", True),  # nor here, but a file
+    ],
+)
+def test_an_action_is_held_to_the_names_that_are_marked(instruction, code, held):
+    assert holds_a_marked_name(instruction, code) is held
+
+
 def test_rare_words_outweigh_common_ones():
     assert found("import os and print")[0] == ("app/log.py", 3)
 
@@ -64,3 +82,5 @@ def test_only_files_the_engine_can_edit():
 def test_any_instruction_is_taken(instruction):
     for place in relevant_places(instruction, FILES):
         assert 1 <= place.line <= FILES[place.path].count("\n")
+    marked = "`" + instruction.replace("`", "").replace("\n", "") + "`"
+    assert holds_a_marked_name(marked, f"({marked[1:-1]})") and holds_a_marked_name(instruction, instruction)

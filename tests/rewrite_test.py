@@ -42,6 +42,7 @@ FILES = {
         "    def test_never(self):\n        self.fail()\n"
     ),
 }
+REQUEST = Request("Call `sum` instead of `add_all`.", FILES)
 STATE = StateUpdate(("call sum",), (), (), ("run the tests",))
 SHOWN = Place("app/shop.py", 2, "python", 1.0)
 RIGHT = Action("python", "return add_all($X)", "return sum($X)", ("app/*.py",))
@@ -133,17 +134,27 @@ class TestJudging:
         nothing = trace(pattern="gone($X)", replacement="")
         other = trace(replacement="return sum(list($X))")
         drawn = [(SHOWN, nothing, -0.1), (SHOWN, trace(), -0.9), (SHOWN, other, -0.5)]
-        ranked = judge(drawn, FILES, sandbox, None)
+        ranked = judge(drawn, REQUEST, sandbox, None)
         assert [proposal.trace for proposal in ranked] == [other, trace(), nothing]
         assert [proposal.usable for proposal in ranked] == [True, True, False]
         assert ranked[2].result.status is Status.NO_MATCH
         assert ranked[1].result.matches == {"app/shop.py": 1}
 
+    def test_an_edit_of_something_else_is_not_usable_though_every_test_passes(self, sandbox):
+        bench = TestBench(sandbox, FILES, "unittest")
+        astray = trace(pattern="def total(xs):\n    $$$BODY", replacement="def total(xs):\n    # sums\n    $$$BODY")
+        first, second = judge([(SHOWN, astray, -0.1), (SHOWN, trace(), -0.9)], REQUEST, sandbox, bench)
+        assert first.trace == trace() and first.usable
+        assert second.result.status is Status.OK and not second.broken_tests and not second.usable
+        console = Console(file=io.StringIO())
+        rewrite_view.show(console, [second])
+        assert "edits none of the names that the instruction marks" in console.file.getvalue()
+
     def test_tests_that_passed_before_decide(self, sandbox):
         bench = TestBench(sandbox, FILES, "unittest")
         assert bench.before.passed == ("tests.test_shop.ShopTest.test_total",)
         wrong = trace(replacement="return max($X)")
-        ranked = judge([(SHOWN, wrong, -0.1), (SHOWN, trace(), -0.9)], FILES, sandbox, bench)
+        ranked = judge([(SHOWN, wrong, -0.1), (SHOWN, trace(), -0.9)], REQUEST, sandbox, bench)
         assert [proposal.trace for proposal in ranked] == [trace(), wrong]
         assert ranked[1].broken_tests == ("tests.test_shop.ShopTest.test_total",) and not ranked[1].usable
         assert ranked[0].usable  # the test that always failed is not held against it
@@ -151,8 +162,8 @@ class TestJudging:
     def test_with_tests_the_tests_themselves_are_protected(self, sandbox):
         bench = TestBench(sandbox, FILES, "unittest")
         cheat = trace(pattern="self.fail()", replacement="pass", files=("**/*.py",))
-        assert judge([(SHOWN, cheat, -0.1)], FILES, sandbox, bench)[0].result.status is Status.PATH_DENIED
-        assert judge([(SHOWN, cheat, -0.1)], FILES, sandbox, None)[0].usable
+        assert judge([(SHOWN, cheat, -0.1)], REQUEST, sandbox, bench)[0].result.status is Status.PATH_DENIED
+        assert judge([(SHOWN, cheat, -0.1)], Request("", FILES), sandbox, None)[0].usable
 
     @pytest.mark.parametrize(
         ("files", "message"),
@@ -176,9 +187,9 @@ class TestJudging:
 
     def test_an_action_that_reaches_too_many_files_is_not_run(self, sandbox):
         many = {f"app/f{n}.py": "x = 1\n" for n in range(600)}
-        assert judge([(SHOWN, trace(), -0.1)], many, sandbox, None)[0].result.status is Status.TOO_MANY
+        assert judge([(SHOWN, trace(), -0.1)], Request("", many), sandbox, None)[0].result.status is Status.TOO_MANY
         narrow = trace(files=("app/f1.py",))
-        assert judge([(SHOWN, narrow, -0.1)], many, sandbox, None)[0].result.status is Status.NO_MATCH
+        assert judge([(SHOWN, narrow, -0.1)], Request("", many), sandbox, None)[0].result.status is Status.NO_MATCH
 
 
 def test_no_proposals_are_told_in_words():
@@ -192,7 +203,7 @@ def step(root, monkeypatch, answer=None, **writing):
 
     def propose(request):
         with Sandbox() as sandbox:
-            return judge([(SHOWN, trace(), -0.5)], request.files, sandbox, None)
+            return judge([(SHOWN, trace(), -0.5)], request, sandbox, None)
 
     def asked(prompt):
         if answer is None:
@@ -224,7 +235,7 @@ def test_a_directory_that_is_none_is_said_so_whatever_is_to_be_done(tmp_path, mo
 def test_text_of_a_model_cannot_steer_the_terminal(sandbox):
     hostile = trace(replacement="return '\x1b[2J[red]$X'")
     hostile = dataclasses.replace(hostile, think="\x1b]0;owned\x07[bold]")
-    proposals = judge([(SHOWN, hostile, -0.5)], FILES, sandbox, None)
+    proposals = judge([(SHOWN, hostile, -0.5)], REQUEST, sandbox, None)
     output = io.StringIO()
     rewrite_view.show(Console(file=output, force_terminal=True, width=200), proposals)
     assert "\x1b[2J" not in output.getvalue() and "\x1b]0" not in output.getvalue() and "\x07" not in output.getvalue()
@@ -275,7 +286,7 @@ from tests.rewrite_test import SHOWN, trace
 def propose(config, path, request):
     traces = [(SHOWN, trace(), -0.5), (SHOWN, trace(pattern="gone"), -0.1)]
     with Sandbox() as sandbox:
-        return rewrite.judge(traces, request.files, sandbox, None)
+        return rewrite.judge(traces, request, sandbox, None)
 
 rewrite.propose = propose
 launch.rewrite.cli.run(launch.rewrite.main, launch.rewrite.worktree.DirectoryError, launch.rewrite.NotARun)
