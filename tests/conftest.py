@@ -8,13 +8,19 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-_VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
+# Eight virtual devices; and LLVM does not optimise, since tests compile far longer than they compute (half the
+# compilers' time saved). A flag that is set outside stays as it is: XLA_FLAGS=--xla_backend_optimization_level=3
+# tests what users run.
+_XLA_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+# A process may have 65,530 memory maps, and every compiled program holds some; so many go with some 3 GB.
+_MOST_MAPS = 10_000
 
 # JAX reads these when it is first imported, which is after this file. An accelerator would make tolerances
 # and device counts depend on the machine; `JAX_PLATFORMS=cuda make test` still chooses one on purpose.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if _VIRTUAL_DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker process inherits what its parent set
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_VIRTUAL_DEVICES}".strip()
+for _flag, _value in _XLA_FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):  # a worker process inherits what its parent set
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -29,10 +35,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_let_go():
-    """Frees a module's compiled programs after it: each holds memory maps, and a process may have 65,530 of these."""
+    """Frees compiled programs after a module, where they have become many; until then the next module uses them."""
     yield
     if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+        maps = Path("/proc/self/maps")
+        if not maps.exists() or len(maps.read_bytes().splitlines()) > _MOST_MAPS:
+            sys.modules["jax"].clear_caches()
         gc.collect()
 
 
