@@ -46,7 +46,7 @@ def environment(config: TrainConfig, student: Student) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "machine": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "driver": _driver(),
@@ -99,7 +99,7 @@ def _commit() -> str:
     return head.stdout.strip() + ("-changed" if changes.stdout.strip() else "") if head.returncode == 0 else ""
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

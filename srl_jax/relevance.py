@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from srl_jax.sandbox.engine import EXTENSIONS
 
 _BACKQUOTED = re.compile(r"`([^`\n]+)`")
+_IDENTIFIER = re.compile(r"(?<![\w$])[^\W\d]\w+")  # no metavariable: `$` comes before it
 # A language that does not part words by spaces joins them to names of the code, which are mostly of ASCII letters.
 _WORDS = (re.compile(r"[^\W\d][\w$.-]*[\w$]|\$[\w$.-]*[\w$]"), re.compile(r"[A-Za-z_$][\w$.-]*[\w$]", re.ASCII))
 # What a person marks as code says most, then what can only be code (a_b, a.b, aB), then any other word.
@@ -41,7 +42,7 @@ def relevant_places(
     """
     texts = {path: text for path, text in files.items() if language_of(path) in languages}
     weights = _weights(instruction)
-    patterns = {word: re.compile(_whole(word)) for word in weights}
+    patterns = {word: re.compile(rf"(?<![\w$]){re.escape(word)}(?![\w$])") for word in weights}
     hits = {word: {path for path, text in texts.items() if patterns[word].search(text)} for word in weights}
     value = {word: weights[word] * math.log1p(len(texts) / len(paths)) for word, paths in hits.items() if paths}
     places = []
@@ -60,18 +61,14 @@ def relevant_places(
 
 
 def holds_a_marked_name(instruction: str, code: str) -> bool:
-    """Whether `code` holds a name that `instruction` marks by backquotes; True where it marks none but files.
+    """Whether `code` holds a name that `instruction` marks by backquotes; True where anything marked has no name.
 
-    `old(x)` is also held where `old` is.
+    Names are identifiers of two characters or more: not the `x` of `x.size()`, which stands for anything. An operator
+    has none, so whoever marks one may mean just that. Marked paths are passed over; True where nothing else is marked.
     """
-    marked = _BACKQUOTED.findall(instruction)
-    names = {name for text in marked if language_of(text) is None for name in (text, *_words(text))}
-    return not names or any(re.search(_whole(name), code) for name in names)
-
-
-def _whole(word: str) -> str:
-    """A pattern of `word` where it is not a part of a longer name."""
-    return rf"(?<![\w$]){re.escape(word)}(?![\w$])" if re.search(r"\w", word) else re.escape(word)
+    marked = [text for text in _BACKQUOTED.findall(instruction) if "/" not in text and language_of(text) is None]
+    names = [set(_IDENTIFIER.findall(text)) for text in marked]
+    return not names or not all(names) or not set().union(*names).isdisjoint(_IDENTIFIER.findall(code))
 
 
 def _is_named(path: str, instruction: str) -> bool:

@@ -27,7 +27,7 @@ def show(console: Console, proposals: Sequence[Proposal]) -> None:
         table.add_row(
             f"{number}{' *' if proposal.usable else ''}",
             str(sum(result.matches.values())),
-            result.status.value,
+            result.status.value if proposal.on_topic else f"{result.status.value}, off topic",
             _tests(proposal),
             "-" if proposal.logprob is None else f"{proposal.logprob:.3f}",
             Text(_short(action.pattern)),

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+import time
 from unittest import mock
 
 import jax
@@ -94,6 +95,11 @@ def test_ratios_are_taken_within_rounds():
     assert "times_as_fast" not in figures["ours"]
     assert figures["ours"]["tokens_per_s"] == {"median": 100, "least": 25, "greatest": 100}
     assert figures["ours"]["recompilations"] == 2 and figures["peer"]["recompilations"] == 0
+    assert "| 2 | 100 | 10 |" in tables.race_table(figures, "ours"), "recompilations, tokens, MB"
+    for entry in rounds:
+        entry["peer"]["update"]["compilations"] = None
+    uncounted = tables.summary(value, "ours")
+    assert uncounted["peer"]["recompilations"] is None and "| - | 100 | 10 |" in tables.race_table(uncounted, "ours")
     assert figures["ours"]["first_step_s"] == 7 and figures["ours"]["compile_s"] == 1.0
     assert "| 100.0 (25.0..100.0) |" in tables.race_table(figures, "ours")
 
@@ -115,6 +121,10 @@ def test_floors_by_hand():
     # Adapters: 1 * (8 + 6 + 6 + 8 + 12 + 12 + 12) weights, 128 operations.
     products = 3 * ((10 + 24) * (288 + 128) + 24 * 80)
     assert slow_products["update"].seconds == products + 4 * (10 * 40 + 24 * 16 * 7)
+    # The grammar forces 14 of the 24 tokens, so the head sees ten.
+    some = floor.floors(config, w, floor.Machine(1e12, dict.fromkeys((6, 10, 17), 1.0)), scored=10)
+    assert some["update"].multiplying == slow_products["update"].multiplying - 3 * 14 * 80
+    assert some["decode"] == slow_products["decode"] and some["update"].reading == slow_products["update"].reading
 
 
 def test_rates_are_measured():
@@ -134,7 +144,8 @@ def test_ours_runs_as_it_trains(tmp_path):
     assert ids.shape == (TINY.prompts, TINY.prompt_tokens) and len({row.tobytes() for row in ids}) == TINY.prompts
     rates = floor.Machine(1e10, dict.fromkeys(floor.rows_needed(TINY), 1e10))
     config = weights.read_shape(tmp_path / "models" / "tiny-float32")
-    floors = {part: vars(value) for part, value in floor.floors(config, TINY, rates).items()}
+    assert 0 < figures["scored_tokens"] < TINY.tokens, "some tokens are forced"
+    floors = {part: value.to_dict() for part, value in floor.floors(config, TINY, rates).items()}
     assert tables.floor_table(floors, figures).count("\n") == 4
 
 
@@ -174,9 +185,11 @@ def test_what_a_variant_changes_changes_no_token(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"parts": []}, r"parts = '': must name one or more of ablation, grammar, reward, tags, workloads"),
+        ({"workloads": []}, r"workload = '': must name one or more of gpu05b"),
         ({"parts": ["speed"]}, r"parts = 'speed': must be among ablation, grammar, reward, tags, workloads"),
         ({"workloads": ["w9"]}, r"workload = 'w9': must be among gpu05b"),
-        ({"compare": ["verl"]}, r"compare = 'verl': must be among hf, trl, tunix"),
+        ({"compare": ["verl"]}, r"compare = 'verl': must be among hf, trl, tunix, unforced"),
         ({"compare": ["ours"]}, r"compare = 'ours'"),
         ({"parts": ["reward"]}, r"config = None: --parts=reward takes steps: give --config=configs/smollm2_cpu.py"),
         (
@@ -208,6 +221,37 @@ def test_the_page_shows_every_section(out, monkeypatch):
     assert faster["rollout"]["median"] > 2 and faster["update"]["median"] > 2
     found = parts.page([{"section": "figures", "title": "some figures", "figures": [{"a": 1, "b": 0.12345}]}])
     assert found == "### Some figures\n\n| a | b |\n| --- | --- |\n| 1 | 0.1235 |\n" or "0.1234" in found
+
+
+def test_what_another_call_measured_at_this_commit_stays(tmp_path):
+    figures = lambda title, value: {"section": "figures", "title": title, "figures": [{"a": value}]}
+    of = lambda command, commit="c": {**parts.machine(command), "commit": commit}
+    first = parts.Results(tmp_path, of("one"))
+    first.add([figures("rewards", 1), figures("tags", 2)])
+    second = parts.Results(tmp_path, of("two"))
+    second.add([figures("tags", 3)])
+    stored = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(s["section"], s.get("command"), s.get("figures")) for s in stored] == [
+        ("machine", "one", None), ("figures", None, [{"a": 1}]), ("figures", None, [{"a": 3}]), ("machine", "two", None)
+    ]  # fmt: skip
+    page = (tmp_path / "results.md").read_text()
+    assert "`one` at c" in page and "`two` at c" in page and "### Rewards" in page
+    # Another commit's go.
+    assert [s["section"] for s in parts.Results(tmp_path, of("one", "d")).sections] == ["machine"]
+
+
+def test_who_takes_too_long_does_not_go_on_beside_the_others(out, monkeypatch):
+    systems = {"slow": ("tests.fake_systems:hangs_in_the_second_turn", {}), "quick": steady(out, "quick")}
+    started = time.monotonic()
+    hurry = lambda line: monkeypatch.setattr("srl_jax.bench.race._LIMIT_S", 3.0)  # once both have started
+    stored = race("t", TINY, systems, out, rounds=1, commit="c", say=hurry)
+    assert time.monotonic() - started < 300, "it is not waited for"
+    [reports] = [entry["systems"] for entry in stored["rounds"]]
+    assert reports["slow"] == {"failed": "rollout took longer than 3 s"}
+    assert reports["quick"]["rollout"]["tokens"] == TINY.tokens
+    went_on = out / "models" / f"{TINY.model}-{TINY.dtype}" / "went-on"
+    time.sleep(4)  # more than it would have needed
+    assert not went_on.exists()
 
 
 def fails(value):

@@ -26,6 +26,16 @@ def breaks_in_the_second_round(gate, workload, directory):
                     raise MemoryError("no room for | the logits")
 
 
+def hangs_in_the_second_turn(gate, workload, directory):
+    for part in ("rollout", "update"):
+        with gate.part(part) as report:
+            report.tokens = 1
+    with gate.part("rollout"):
+        time.sleep(5)
+        (directory / "went-on").touch()
+        time.sleep(600)
+
+
 def dies(gate, workload, directory):
     with gate.part("rollout"):
         os._exit(137)

@@ -1,9 +1,14 @@
 """Which files an instruction speaks of."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.tasks.catalogue import CATALOGUE
+from data_pipeline.tasks.rule import fill
+from data_pipeline.tasks.vocabulary import draw
 from srl_jax.relevance import holds_a_marked_name, language_of, relevant_places
 
 FILES = {
@@ -44,10 +49,12 @@ def test_names_of_the_code_are_found_in_any_language():
         ("Rename `_irregular` to `_add`.", "_irregular($A)\n$A", True),
         ("Rename `_irregular` to `_add`.", "add_irregular($A)\n$A", False),  # a part of a longer name
         ("Replace `callable(x)` by `hasattr(x, '__call__')`.", "callable($A)\nf($A)", True),
-        ("Replace `f(X)`.", "g($X)\ng()", False),  # a metavariable is no name
+        ("Replace `fetch(DATA)`.", "get($DATA)\nget()", False),  # a metavariable is no name
+        ("Replace `x.size() == 0` by `x.isEmpty()`.", "$X.size() == 0\n$X.isEmpty()", True),
+        ("Replace `f(x)` by `g(x)`.", "f($X)\ng($X)", True),  # too short to be held to
         ("Use f-strings, not `%`.", '"$S" % $A\nf($S)', True),
         ("Remove debugging.", "print($X)\n", True),  # nothing is marked
-        ("Tidy `app/db.py`.", "print($X)\n", True),  # nor here, but a file
+        ("Tidy `app/db.py` and what is below `src/`.", "print($X)\n", True),  # nor here, but paths
     ],
 )
 def test_an_action_is_held_to_the_names_that_are_marked(instruction, code, held):
@@ -82,5 +89,12 @@ def test_only_files_the_engine_can_edit():
 def test_any_instruction_is_taken(instruction):
     for place in relevant_places(instruction, FILES):
         assert 1 <= place.line <= FILES[place.path].count("\n")
-    marked = "`" + instruction.replace("`", "").replace("\n", "") + "`"
-    assert holds_a_marked_name(marked, f"({marked[1:-1]})") and holds_a_marked_name(instruction, instruction)
+    assert holds_a_marked_name(instruction, instruction)
+
+
+def test_no_rule_of_the_catalogue_is_off_its_own_instruction():
+    names = draw(random.Random(0))
+    for rule in CATALOGUE:
+        action = fill(f"{rule.pattern}\n{rule.replacement}", names)
+        for instruction in rule.instructions:
+            assert holds_a_marked_name(fill(instruction, names), action), (rule.name, instruction)

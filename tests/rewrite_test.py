@@ -146,9 +146,10 @@ class TestJudging:
         first, second = judge([(SHOWN, astray, -0.1), (SHOWN, trace(), -0.9)], REQUEST, sandbox, bench)
         assert first.trace == trace() and first.usable
         assert second.result.status is Status.OK and not second.broken_tests and not second.usable
-        console = Console(file=io.StringIO())
+        console = Console(file=io.StringIO(), width=200)
         rewrite_view.show(console, [second])
-        assert "edits none of the names that the instruction marks" in console.file.getvalue()
+        told = console.file.getvalue()
+        assert "ok, off topic" in told and "edits none of the names that the instruction marks" in told
 
     def test_tests_that_passed_before_decide(self, sandbox):
         bench = TestBench(sandbox, FILES, "unittest")

@@ -37,13 +37,17 @@ def _best(run: Callable[[], object]) -> float:
     return min(times)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _read_seconds() -> float:
     if jax.default_backend() != "cpu":
         data = jnp.ones(_READ_BYTES // 4, jnp.float32)
         total = jax.jit(jnp.sum)
         return _best(lambda: total(data).block_until_ready())
     # XLA:CPU adds up on one core; numpy lets go of the interpreter's lock, so each core reads its share.
-    shares = np.array_split(np.ones(_READ_BYTES // 4, np.float32), os.cpu_count() or 1)
+    shares = np.array_split(np.ones(_READ_BYTES // 4, np.float32), _cores())
     with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
         return _best(lambda: list(pool.map(np.max, shares)))
 
@@ -77,15 +81,27 @@ def measure(config: ModelConfig, dtype: str, rows: Sequence[int]) -> Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Least seconds of a part: what it must read over the bandwidth, what it must compute over the rate, the larger."""
+    """Least seconds of a part: of reading its bytes at the bandwidth, of its products at their rate, the longer.
+
+    The rate is what this project's own library reaches for products of so many rows, no property of the processor.
+    """
 
     bytes: float
     flops: float
-    seconds: float
+    reading: float
+    multiplying: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.reading, self.multiplying)
+
+    def to_dict(self) -> dict[str, float]:
+        return {**dataclasses.asdict(self), "seconds": self.seconds}
 
 
 def _floor(machine: Machine, rows: int, bytes_: float, flops: float, times: int = 1) -> Floor:
-    return Floor(times * bytes_, times * flops, times * max(bytes_ / machine.bandwidth, flops / machine.gemm[rows]))
+    all_bytes, all_flops = times * bytes_, times * flops
+    return Floor(all_bytes, all_flops, all_bytes / machine.bandwidth, all_flops / machine.gemm[rows])
 
 
 def rows_needed(w: Workload) -> tuple[int, int, int]:
@@ -93,11 +109,12 @@ def rows_needed(w: Workload) -> tuple[int, int, int]:
     return w.rows, w.prompts * w.prompt_tokens, w.prompt_tokens + w.group_size * w.new_tokens
 
 
-def floors(config: ModelConfig, w: Workload, machine: Machine) -> dict[str, Floor]:
+def floors(config: ModelConfig, w: Workload, machine: Machine, scored: int | None = None) -> dict[str, Floor]:
     """Floors of prefill, decode and update as this project does them: each prompt once, adapters merged to sample.
 
     The update is the reference's forward, the policy's forward and the backward through frozen weights, so three
-    times a forward's products and four times its attention; its head sees completions only.
+    times a forward's products and four times its attention; its head sees the `scored` completion tokens only, those
+    that the grammar does not force (None: all). Decoding is floored a token at a time, forced or not.
     """
     c, width = config, jnp.dtype(w.dtype).itemsize
     maps = [
@@ -119,7 +136,7 @@ def floors(config: ModelConfig, w: Workload, machine: Machine) -> dict[str, Floo
     floor = partial(_floor, machine)
     seen = w.prompt_tokens + w.new_tokens / 2
     prompt, completion = w.prompts * w.prompt_tokens, w.tokens
-    update = 3 * ((prompt + completion) * (linear + adapter) + completion * head)
+    update = 3 * ((prompt + completion) * (linear + adapter) + (completion if scored is None else scored) * head)
     update += 4 * (prompt * attention(w.prompt_tokens / 2) + completion * attention(seen))
     live = kv * (w.prompts * w.prompt_tokens + w.rows * w.new_tokens / 2)
     return {

@@ -101,8 +101,9 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
             )
             arrays = {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs")}
             part.tokens = int(arrays["mask"].sum())
-            if int(state.step) == 0:  # the warm-up's time is no figure, so there is time for this one
-                part.extra = {"prefill_seconds": _prefill_seconds(student, state.lora, prompt_tokens, lengths)}
+        extra = {}
+        if int(state.step) == 0:  # after the warm-up's rollout, on nobody's clock
+            extra["prefill_s"] = _prefill_seconds(student, state.lora, prompt_tokens, lengths)
         with gate.part("update") as part:
             arrays |= {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
             batch = make_batch(student, arrays, gains)
@@ -117,7 +118,10 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
                 settings=settings,
             )
             jax.block_until_ready((reference, state, metrics))
-            part.extra = {"logprob_gap": float(metrics["logprob_gap"]), **device_memory(device)}
+            if int(state.step) == 1:
+                forced = grammar.only_token(student.automaton, batch.states) == batch.completions
+                extra["scored_tokens"] = int((batch.completion_mask & ~forced).sum())
+            part.extra = {"logprob_gap": float(metrics["logprob_gap"]), **extra, **device_memory(device)}
 
 
 def _prefill_seconds(student: Student, lora: dict, tokens: np.ndarray, lengths: np.ndarray) -> float:

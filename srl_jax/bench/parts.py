@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from srl_jax.bench.race import SYSTEMS, race
 from srl_jax.bench.weights import read_shape
 from srl_jax.bench.workload import WORKLOADS, Workload
 from srl_jax.config import ConfigError, TrainConfig, validate
+from srl_jax.environment import processor
 from srl_jax.evaluation import write_bytes
 from srl_jax.records import TeacherRecord
 
@@ -28,8 +31,10 @@ ABLATIONS = {
     ("ragged", "uncompacted"): "a smaller batch for the last rows (rollout), where rows end at random",
     ("speculating", "ours"): "three tokens guessed ahead by prompt look-up (rollout), untrained model",
 }
-PEERS = ("hf", "trl", "tunix")
+PEERS = ("hf", "trl", "tunix", "unforced")  # the last is ours again, without what the race's shapes favour
 FEW_SHOT = 1
+_PACKAGES = ("jax", "torch", "transformers", "peft", "trl", "google-tunix")
+_VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # that change times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Request:
         for flag, given, known in (
             ("parts", self.parts, PARTS), ("workload", self.workloads, WORKLOADS), ("compare", self.compare, PEERS)
         ):  # fmt: skip
+            if not given and flag != "compare":
+                raise ConfigError(flag, "", f"must name one or more of {', '.join(sorted(known))}")
             for name in given:
                 if name not in known:
                     raise ConfigError(flag, name, f"must be among {', '.join(sorted(known))}")
@@ -67,35 +74,67 @@ class Request:
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> None:
-    """Measures what is missing, then writes `<out>/results.jsonl` (one object a section) and `<out>/results.md`."""
+    """Measures what is missing; after each part adds to `<out>/results.jsonl` (one object a section) and `results.md`.
+
+    What an earlier call measured at the same commit stays, unless this one measures the same.
+    """
     request.check()
     records = request.records() if {"reward", "tags"} & set(request.parts) else []  # before hours of races
     request.out.mkdir(parents=True, exist_ok=True)
-    sections: list[dict[str, Any]] = [{"section": "machine", **machine(request.command)}]
+    results = Results(request.out, machine(request.command))
     for name in request.workloads:
         workload = WORKLOADS[name]
         if "workloads" in request.parts:
-            sections += _workload(request, workload, say)
+            results.add(_workload(request, workload, say))
         if "grammar" in request.parts:
             meaning = "the mask: a token at a time under it, against the same without it"
-            sections += _race(request, workload, "grammar", ["unforced", "unmasked"], meaning, say)
+            results.add(_race(request, workload, "grammar", ["unforced", "unmasked"], meaning, say))
         if "ablation" in request.parts:
             for systems, meaning in ABLATIONS.items():
-                sections += _race(request, workload, "ablation", systems, meaning, say)
+                results.add(_race(request, workload, "ablation", systems, meaning, say))
     if "reward" in request.parts:
-        sections += _rewards(request.config, records, request.rounds)
+        results.add(_rewards(request.config, records, request.rounds))
     if "grammar" in request.parts:
         rows = WORKLOADS[request.workloads[0]].rows
         title = f"grammar tables of three vocabularies; mask of one step of {rows} rows"
-        sections.append({"section": "figures", "title": title, "figures": _apart(masking.measure, rows)})
+        results.add([{"section": "figures", "title": title, "figures": _apart(masking.measure, rows)}])
     if "tags" in request.parts:
         title = "chance that the untrained SmolLM2 closes its thought where the teacher does"
         figures = _apart(_compare_tags, records)
-        sections.append({"section": "figures", "title": title, "figures": figures})
-    lines = "".join(json.dumps(section, ensure_ascii=False) + "\n" for section in sections)
-    write_bytes(request.out / "results.jsonl", lines.encode())
-    write_bytes(request.out / "results.md", page(sections).encode())
-    say(page(sections))
+        results.add([{"section": "figures", "title": title, "figures": figures}])
+    say(page(results.sections))
+
+
+class Results:
+    """The sections of `<out>/results.jsonl` and the page of them, on disk as soon as they are measured."""
+
+    def __init__(self, out: Path, measured_on: Mapping[str, Any]) -> None:
+        self._out, self._commit = out, measured_on["commit"]
+        path = out / "results.jsonl"
+        stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        self.sections = [section for section in stored if section["commit"] == self._commit]
+        self.add([{"section": "machine", **measured_on}])
+
+    def add(self, sections: Sequence[Mapping[str, Any]]) -> None:
+        """Appends `sections`; one that is there already is replaced where it stands."""
+        for section in sections:
+            section = {**section, "commit": self._commit}
+            places = [n for n, other in enumerate(self.sections) if _identity(other) == _identity(section)]
+            if places:
+                self.sections[places[0]] = section
+            else:
+                self.sections.append(section)
+        lines = "".join(json.dumps(section, ensure_ascii=False) + "\n" for section in self.sections)
+        write_bytes(self._out / "results.jsonl", lines.encode())
+        write_bytes(self._out / "results.md", page(self.sections).encode())
+
+
+def _identity(section: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes a section the same measurement as another: what it is of, not what it found."""
+    systems = list(section.get("figures", ())) if section["section"] == "race" else ()
+    workload = section.get("workload", "")
+    name = workload["name"] if isinstance(workload, Mapping) else workload
+    return section["section"], section.get("title", ""), section.get("command", ""), name, *systems
 
 
 def _rewards(config: TrainConfig, records: list[TeacherRecord], rounds: int) -> list[dict[str, Any]]:
@@ -132,7 +171,8 @@ def _workload(request: Request, workload: Workload, say: Callable[[str], None]) 
     rates = _apart(floor.measure, config, workload.dtype, floor.rows_needed(workload))
     say(f"{workload.name}: reads {rates.bandwidth / 1e9:.1f} GB/s, products by rows: {_rates(rates.gemm)} GFLOP/s")
     if "failed" not in sections[0]["figures"]["ours"]:
-        floors = {part: dataclasses.asdict(value) for part, value in floor.floors(config, workload, rates).items()}
+        scored = sections[0]["figures"]["ours"]["scored_tokens"]
+        floors = {part: value.to_dict() for part, value in floor.floors(config, workload, rates, scored).items()}
         sections.append(
             {
                 "section": "floor",
@@ -157,12 +197,12 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def commit() -> str:
-    """The commit that is measured, marked where files differ from it; "unknown" outside a repository."""
-    root = Path(__file__).parents[2]
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    """The commit that is measured; where files differ from it with a mark of these changes; "unknown" elsewhere."""
+    git = lambda *arguments: (
+        subprocess.run(["git", *arguments], cwd=Path(__file__).parents[2], capture_output=True, check=False).stdout
     )
-    return asked.stdout.strip() or "unknown"
+    head, changes = git("describe", "--always").decode().strip(), git("diff", "HEAD")
+    return head + (f"-changed-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "") if head else "unknown"
 
 
 def machine(command: str) -> dict[str, Any]:
@@ -172,9 +212,19 @@ def machine(command: str) -> dict[str, Any]:
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": [round(value, 1) for value in os.getloadavg()],
+        "processor": processor(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _sentence(title: str) -> str:
@@ -187,9 +237,12 @@ def page(sections: Sequence[Mapping[str, Any]]) -> str:
     for section in sections:
         if section["section"] == "machine":
             load = ", ".join(map(str, section["load"]))
+            packages = ", ".join(f"{name} {version}" for name, version in section["packages"].items() if version)
+            variables = "".join(f"; {name}={value}" for name, value in section["variables"].items())
             parts.append(
-                f"`{section['command']}` at {section['commit']}, {section['at']}; {section['cores']} cores, load "
-                f"{load} (1, 5, 15 min) at the start; Python {section['python']}."
+                f"`{section['command']}` at {section['commit']}, {section['at']}; {section['cores']} cores of "
+                f"{section['processor'] or section['platform']}, load {load} (1, 5, 15 min) at the start; "
+                f"Python {section['python']}, {packages}{variables}."
             )
         elif section["section"] == "race":
             w = section["workload"]

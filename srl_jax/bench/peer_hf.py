@@ -57,12 +57,19 @@ def run(gate: Gate, workload: Workload, directory: Path) -> None:
             whole = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
             model.unmerge_adapter()
             part.tokens = whole[:, rows.shape[1] :].numel()
+            device_memory()
         with gate.part("update") as part:
             model.train()
             _update(model, optimizer, workload, whole, gains)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                part.extra = {"peak_device_mb": torch.cuda.max_memory_allocated() / 2**20}
+            part.extra = device_memory()
+
+
+def device_memory() -> dict[str, float]:
+    """Waits for the accelerator, where there is one; the peak use of its memory."""
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.synchronize()
+    return {"peak_device_mb": torch.cuda.max_memory_allocated() / 2**20}
 
 
 def _logprobs(model: peft.PeftModel, tokens: torch.Tensor, new: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import datasets
 import transformers
 import trl
 
-from srl_jax.bench.peer_hf import load, lora
+from srl_jax.bench.peer_hf import device_memory, load, lora
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
 
@@ -35,7 +35,7 @@ class _EndOfStep(transformers.TrainerCallback):
         self._gate = gate
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._gate.end()
+        self._gate.end(device_memory())
 
 
 def run(gate: Gate, workload: Workload, directory: Path) -> None:

@@ -57,8 +57,7 @@ class _Instrumented(GRPOLearner):
     def _run_global_step(self, *args, **kwargs):
         super()._run_global_step(*args, **kwargs)
         jax.block_until_ready(nnx.state(self.rl_cluster.actor_trainer.model))
-        self._update.extra = device_memory(jax.devices()[0])
-        self.gate.end()
+        self.gate.end(device_memory(jax.devices()[0]))
 
     def instrument(self, gate: Gate) -> None:
         self.gate, generate = gate, self.rl_cluster.generate
@@ -68,14 +67,16 @@ class _Instrumented(GRPOLearner):
             output = generate(*args, **kwargs)
             part.tokens = jax.block_until_ready(output.tokens).size
             gate.end()
-            self._update = gate.begin("update")
+            gate.begin("update")
             return output
 
         self.rl_cluster.generate = gated
 
 
-def _model(directory: Path) -> tuple[nnx.Module, int]:
+def _model(workload: Workload, directory: Path) -> tuple[nnx.Module, int]:
     c = read_shape(directory)
+    if workload.dtype != "float32":
+        raise ValueError(f"Tunix is timed in float32; the workload's weights are {workload.dtype}")
     config = llama.ModelConfig(
         num_layers=c.n_layers,
         vocab_size=c.vocab_size,
@@ -97,7 +98,7 @@ def run(gate: Gate, workload: Workload, directory: Path) -> None:
     gate.count_compilations()
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     with mesh:
-        base, vocab_size = _model(directory)
+        base, vocab_size = _model(workload, directory)
         adapters = qwix.LoraProvider(module_path=_LINEAR, rank=workload.lora_rank, alpha=float(workload.lora_rank))
         actor = qwix.apply_lora_to_model(base, adapters, rngs=nnx.Rngs(1), **base.get_model_input())
     rollout = RolloutConfig(

@@ -9,7 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ class _Runner:
         far.close()
         self.failed: str | None = None
 
-    def turn(self, parts: Sequence[str]) -> dict[str, Any]:
+    def turn(self) -> dict[str, Any]:
         """Part -> what the worker reports of it, or `{"failed": reason}`."""
         reports: dict[str, Any] = {}
-        for part in parts:
+        for part in worker.PARTS:
             if self.failed is None:
                 reports[part] = self._ask(part)
         return {"failed": self.failed} if self.failed is not None else reports
@@ -85,6 +85,8 @@ class _Runner:
                 self._connection.send(part)
             if not self._connection.poll(_LIMIT_S):
                 self.failed = f"{part} took longer than {_LIMIT_S:.0f} s"
+                self._process.kill()  # or it would compute beside the others
+                self._process.join()
                 return None
             report = self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -122,7 +124,6 @@ def race(
     *,
     rounds: int,
     commit: str,
-    parts: Sequence[str] = worker.PARTS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs what is missing of `rounds` rounds and returns the stored value: commit, warmup, rounds.
@@ -139,7 +140,7 @@ def race(
         write_model(workload, directory)
     with _runners(systems, workload, directory) as runners:
         for system, runner in runners.items():  # one after the other: two compiling at once may not fit in memory
-            stored.value["warmup"][system] = runner.turn(parts)
+            stored.value["warmup"][system] = runner.turn()
             say(f"{name} {workload.name} warm-up {system}: {describe(stored.value['warmup'][system])}")
         stored.save()
         for number in range(len(stored.value["rounds"]), rounds):
@@ -148,7 +149,7 @@ def race(
             reports: dict[str, Any] = {}
             for system in order:
                 time.sleep(_PAUSE_S)
-                reports[system] = runners[system].turn(parts)
+                reports[system] = runners[system].turn()
                 say(f"{name} {workload.name} round {number + 1}/{rounds} {system}: {describe(reports[system])}")
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             stored.value["rounds"].append({"at": at, "systems": reports})

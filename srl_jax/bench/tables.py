@@ -61,16 +61,20 @@ def summary(value: Mapping[str, Any], first: str) -> dict[str, dict[str, Any]]:
             "tokens": turns[-1]["rollout"]["tokens"],
             "first_step_s": sum(warmup[part]["seconds"] for part in parts),
             "compile_s": sum(warmup[part]["compile_seconds"] for part in parts),
-            "recompilations": sum(turn[part]["compilations"] for turn in turns for part in parts),
+            "recompilations": _sum([turn[part]["compilations"] for turn in turns for part in parts]),
             "peak_mb": max(turn[part]["peak_mb"] for turn in turns for part in parts),
         }
         device = [turn[part]["peak_device_mb"] for turn in turns for part in parts if "peak_device_mb" in turn[part]]
         if device:
             figures["peak_device_mb"] = max(device)
-        if "prefill_seconds" in warmup["rollout"]:
-            figures["prefill_s"] = warmup["rollout"]["prefill_seconds"]
+        figures |= {name: warmup["update"][name] for name in ("prefill_s", "scored_tokens") if name in warmup["update"]}
         result[system] = figures
     return result
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """None where nobody counts."""
+    return None if None in counts else sum(counts)
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -99,25 +103,25 @@ def race_table(figures: Mapping[str, Mapping[str, Any]], first: str) -> str:
             [
                 system, show("rollout_s", 2), show("tokens_per_s", 1), ratio("rollout"), show("update_s", 2),
                 ratio("update"), show("step_s", 2), ratio("step"), f"{f['first_step_s']:.1f}",
-                str(f["recompilations"]), str(f["tokens"]), peak,
+                "-" if f["recompilations"] is None else str(f["recompilations"]), str(f["tokens"]), peak,
             ]
         )  # fmt: skip
     return _table(head, rows)
 
 
 def floor_table(floors: Mapping[str, Mapping[str, float]], ours: Mapping[str, Any]) -> str:
-    """Markdown table of floors beside what `ours` took; the share is the floor over the time."""
+    """Markdown table of floors beside what `ours` took; the floor is the longer of reading and multiplying."""
     rows = []
     rollout = ours["rollout_s"]["median"]
     taken = {"prefill": ours["prefill_s"], "decode": rollout - ours["prefill_s"], "update": ours["update_s"]["median"]}
     for part, f in floors.items():
         rows.append(
             [
-                part, f"{f['bytes'] / 1e9:.2f}", f"{f['flops'] / 1e9:.1f}", f"{f['seconds']:.3f}",
-                f"{taken[part]:.3f}", f"{100 * f['seconds'] / taken[part]:.0f} %",
+                part, f"{f['bytes'] / 1e9:.2f}", f"{f['flops'] / 1e9:.1f}", f"{f['reading']:.3f}",
+                f"{f['multiplying']:.3f}", f"{taken[part]:.3f}", f"{100 * f['seconds'] / taken[part]:.0f} %",
             ]
         )  # fmt: skip
-    return _table(["part", "GB", "GFLOP", "floor s", "ours s", "of the floor's speed"], rows)
+    return _table(["part", "GB", "GFLOP", "reading s", "multiplying s", "ours s", "of the floor's speed"], rows)
 
 
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> str:

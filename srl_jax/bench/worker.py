@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Gate:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._compiles: list[float] = []
+        self._compiles: list[float] | None = None  # None: nobody counts
         self._started = 0.0
         self._part = Part()
 
@@ -49,9 +49,11 @@ class Gate:
         """For systems on JAX: reports how many programs a part compiled, and the seconds that took."""
         from jax import monitoring
 
+        compiles = self._compiles = []
+
         def listen(event: str, seconds: float, **_: Any) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                self._compiles.append(seconds)
+                compiles.append(seconds)
 
         monitoring.register_event_duration_secs_listener(listen)
 
@@ -70,22 +72,24 @@ class Gate:
             raise SystemExit
         if asked != name:
             raise RuntimeError(f"asked for {asked}, but {name} comes next")
-        self._compiles.clear()
+        if self._compiles is not None:
+            self._compiles.clear()
         self._part = Part()
         self._started = time.perf_counter()
         return self._part
 
-    def end(self) -> None:
-        """Stops the clock and reports. Whatever ran asynchronously must be waited for before."""
+    def end(self, extra: Mapping[str, float] | None = None) -> None:
+        """Stops the clock and reports, `extra` as well. Whatever ran asynchronously must be waited for before."""
         seconds = time.perf_counter() - self._started
         self._connection.send(
             {
                 "seconds": seconds,
                 "tokens": self._part.tokens,
-                "compilations": len(self._compiles),
-                "compile_seconds": sum(self._compiles),
+                "compilations": None if self._compiles is None else len(self._compiles),
+                "compile_seconds": sum(self._compiles or ()),
                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 **self._part.extra,
+                **(extra or {}),
             }
         )
 
