@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 VENV ?= .venv
 # A GPU or TPU build of JAX as well: make setup EXTRAS=test,cuda12 (or cuda13, tpu).
 EXTRAS ?= test
-# Test processes at once; each takes up to 4 GB.
+# Test processes at once; each takes up to 6 GB.
 WORKERS ?= 2
 # The first Python that is new enough; name another by make PYTHON=/path/to/python.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \

@@ -1,8 +1,7 @@
 """Rewrite code: `python launch/rewrite.py --workdir=runs/demo --directory=. --instruction="Use log.info, not print"`.
 
-Shows the proposals of a run's newest checkpoint (or of --model, an export; or of --teacher, an endpoint), executed in
-the sandbox and ranked; one that holds none of the names which the instruction marks by backquotes is not usable.
-Writes nothing without --apply, and nothing outside --directory ever.
+Shows what a run's newest checkpoint (or --model, an export; or --teacher, an endpoint) proposes, executed and ranked;
+none is usable without a name that the instruction marks by backquotes. Writes only with --apply, only in --directory.
 Exit code: 0 a usable proposal (with --apply: applied), 1 none or declined, 2 a mistake.
 """
 
