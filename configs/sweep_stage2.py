@@ -6,8 +6,8 @@ Time:     twelve runs of 20 to 47 minutes; may be stopped and gone on with at an
 Result:   reports/training/stage2.md
 
 Its data set is the demo's: python launch/prepare_data.py --config=configs/data_demo.py --out=data/demo
-The base's linear maps are in bfloat16, which on CPUs with AMX or AVX-512 bf16 takes two
-thirds of float32's time; without them drop it.
+The base's linear maps are in bfloat16, which takes two thirds of float32's time on CPUs with AMX,
+seven tenths with AVX-512 bf16; without either drop it.
 """
 
 from srl_jax.sweep import Sweep

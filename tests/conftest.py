@@ -8,19 +8,17 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Eight virtual devices; and LLVM does not optimise, since tests compile far longer than they compute (half the
-# compilers' time saved). A flag that is set outside stays as it is: XLA_FLAGS=--xla_backend_optimization_level=3
-# tests what users run.
-_XLA_FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+_VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
 # A process may have 65,530 memory maps, and every compiled program holds some; so many go with some 3 GB.
 _MOST_MAPS = 10_000
 
 # JAX reads these when it is first imported, which is after this file. An accelerator would make tolerances
 # and device counts depend on the machine; `JAX_PLATFORMS=cuda make test` still chooses one on purpose.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _flag, _value in _XLA_FLAGS.items():
-    if _flag not in os.environ.get("XLA_FLAGS", ""):  # a worker process inherits what its parent set
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+if _VIRTUAL_DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker process inherits what its parent set
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_VIRTUAL_DEVICES}".strip()
+# Tests compile far longer than they compute; this halves the compilers' time. With false they test what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

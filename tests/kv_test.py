@@ -20,6 +20,17 @@ from tests.sampling_test import _prompts, _sample
 from tests.updates_test import rollout, scored
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_users_run_it():
+    """Sums in another order round to other codes, and without the compiler's optimisation more are in another order."""
+    jax.clear_caches()
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 def _numbers(kv):
     return np.asarray(kv.codes * kv.scale[..., None]) if isinstance(kv, QuantizedKV) else np.asarray(kv)
 
@@ -163,19 +174,10 @@ def drawn(student, lora):
     return _sample(student, lora, _prompts(4), key=3, group_size=2, cache_dtype="int8")
 
 
-def _are_codes_apart(one, other):
-    """Sums in another order are 1e-7 apart, which takes a number that lies between two codes to the other one.
-
-    Some log-probs, of the tokens that see it, are then as far apart as one code is.
-    """
-    apart = np.abs(np.asarray(one) - np.asarray(other))
-    assert (apart > 1e-5).mean() < 0.1 and apart.max() < 1e-3
-
-
 def test_neither_waiting_nor_compaction_nor_speculation_changes_a_token(student, lora, drawn):
     taken = _sample(student, lora, _prompts(4), key=3, group_size=2, cache_dtype="int8", slots=2, drafts=3)
     np.testing.assert_array_equal(drawn.tokens, taken.tokens)
-    _are_codes_apart(drawn.logprobs, taken.logprobs)
+    np.testing.assert_allclose(drawn.logprobs, taken.logprobs, atol=1e-4)
 
 
 def test_eight_devices_are_one(lora, drawn):
@@ -191,7 +193,10 @@ def test_eight_devices_are_one(lora, drawn):
         group_size=2, settings=student.sampling, pad_id=student.tokenizer.pad_id,
     )  # fmt: skip
     np.testing.assert_array_equal(drawn.tokens, eight.tokens)
-    _are_codes_apart(drawn.logprobs, eight.logprobs)
+    # Sums in another order are 1e-7 apart, which takes a number that lies between two codes to the other one: a few
+    # log-probs are then as far apart as one code is.
+    apart = np.abs(np.asarray(drawn.logprobs) - np.asarray(eight.logprobs))
+    assert (apart > 1e-5).mean() < 0.01 and apart.max() < 1e-3
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.01])

@@ -87,7 +87,8 @@ def test_the_command_prints_a_table_and_refuses():
         sys.executable, "launch/profile_step.py", "--config=configs/tiny.py", "--dry_run", "--devices=2",
         "--device_gib=0.001",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    as_users_run_it = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    environment = {**os.environ, **as_users_run_it, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "base weights" in done.stdout and "while in update" in done.stdout

@@ -37,7 +37,8 @@ def _best(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -47,7 +48,7 @@ def _read_seconds() -> float:
         total = jax.jit(jnp.sum)
         return _best(lambda: total(data).block_until_ready())
     # XLA:CPU adds up on one core; numpy lets go of the interpreter's lock, so each core reads its share.
-    shares = np.array_split(np.ones(_READ_BYTES // 4, np.float32), _cores())
+    shares = np.array_split(np.ones(_READ_BYTES // 4, np.float32), cores())
     with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
         return _best(lambda: list(pool.map(np.max, shares)))
 

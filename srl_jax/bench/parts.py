@@ -210,7 +210,7 @@ def machine(command: str) -> dict[str, Any]:
         "command": command,
         "commit": commit(),
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": floor.cores(),
         "load": [round(value, 1) for value in os.getloadavg()],
         "processor": processor(),
         "python": platform.python_version(),
