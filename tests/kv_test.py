@@ -24,7 +24,7 @@ from tests.updates_test import rollout, scored
 def _as_users_run_it():
     """Sums in another order round to other codes, and without the compiler's optimisation more are in another order."""
     jax.clear_caches()
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
