@@ -22,6 +22,8 @@ from srl_jax.bench.weights import read_shape
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
 
+# Beyond so many tokens a row attention is computed again in the backward: kept, W3's activations of a group take 54 GB.
+_LONGEST_KEPT = 512
 _LINEAR = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
 
 
@@ -49,6 +51,22 @@ class _Ids:
 
 class _Llama(llama.Llama3, pytree=True):
     """Tunix opts out of nnx's pytree modules, qwix's subclasses do not: of a model of both, nnx finds no weights."""
+
+
+_attend = llama.Attention.__call__
+
+
+def _attend_again(self, x, segment_pos, cache, attn_mask):
+    """Tunix's attention, of which training keeps the inputs only.
+
+    That is what its `RematConfig.BLOCK` is for, by `nnx.remat`; under qwix its own sampler fails with it
+    (TraceContextError, Tunix 0.1.5, flax 0.12.8).
+    """
+    if cache is not None:
+        return _attend(self, x, segment_pos, cache, attn_mask)
+    definition, state = nnx.split(self)
+    block = lambda state, *inputs: nnx.merge(definition, state).block(*inputs[:2], None, inputs[2])[1]
+    return None, jax.checkpoint(block)(state, x, segment_pos, attn_mask)
 
 
 class _Instrumented(GRPOLearner):
@@ -101,6 +119,8 @@ def run(gate: Gate, workload: Workload, directory: Path) -> None:
         base, vocab_size = _model(workload, directory)
         adapters = qwix.LoraProvider(module_path=_LINEAR, rank=workload.lora_rank, alpha=float(workload.lora_rank))
         actor = qwix.apply_lora_to_model(base, adapters, rngs=nnx.Rngs(1), **base.get_model_input())
+    if workload.prompt_tokens + workload.new_tokens > _LONGEST_KEPT:
+        llama.Attention.__call__ = _attend_again  # now that the adapters are made, which a call does
     rollout = RolloutConfig(
         max_tokens_to_generate=workload.new_tokens,
         max_prompt_length=workload.prompt_tokens,
