@@ -4,7 +4,7 @@ Command:  python launch/train.py --config=configs/qwen2_5_coder_1_5b_v5e8.py --w
               --config.model.source=/path/to/Qwen2.5-Coder-1.5B-Instruct
 Hardware: one TPU v5e-8 host (install the `tpu` extra); see docs/tpu.md.
 Time:     not measured: no TPU was at hand.
-Result:   not measured. Every jitted function of the run lowers for TPU in the tests.
+Result:   not measured. The run's jitted functions lower for TPU in the tests.
 
 Each chip holds the whole base in bfloat16 (3.1 GB) and its eighth of the prompts, so nothing but the adapters'
 gradients crosses between chips. docs/tpu.md says when to shard weights instead.

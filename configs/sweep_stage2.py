@@ -1,7 +1,7 @@
 """SRL three times as long as the demo, beside SFT on the same traces, no KL, and no dynamic sampling.
 
 Command:  python launch/sweep.py --config=configs/sweep_stage2.py --out=runs/stage2
-Hardware: 2 CPU cores, 6 GB.
+Hardware: 2 CPU cores, 8 GB.
 Time:     twelve runs of 20 to 47 minutes; may be stopped and gone on with at any time.
 Result:   reports/training/stage2.md
 

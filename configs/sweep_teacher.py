@@ -6,7 +6,8 @@ Time:     nine runs of smollm2_cpu.py (see reports/demo.md), and the teacher's o
 Result:   at a reduced size in reports/training/stage2.md. A reward is likeness to the cell's own teacher, so
           execution success is what compares cells.
 
-Its data sets, each from a teacher.yaml that differs in one number, with one store for all answers:
+With the model that configs/teacher.yaml names nothing is kept (reports/data.md): put a better one there first. Its data
+sets, each from a teacher.yaml that differs in one number, with one store for all answers:
 
   for t in 0.2 0.3 0.5; do
     sed "s/temperature: 0.3/temperature: $t/" configs/teacher.yaml > teacher-$t.yaml

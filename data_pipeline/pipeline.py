@@ -69,6 +69,11 @@ class Rejections:
     def to_dict(self) -> dict[str, dict[str, int]]:
         return {name: dict(sorted(counts.items())) for name, counts in sorted(self._counts.items())}
 
+    def most_frequent(self, count: int = 3) -> str:
+        """The reasons that dropped most, with their numbers."""
+        total = sum(self._counts.values(), Counter())
+        return ", ".join(f"{number} {reason}" for reason, number in total.most_common(count))
+
 
 class Run:
     """The stages with what they share: sandbox, workers, teachers, progress, counts."""
@@ -342,8 +347,8 @@ def prepare(
     `executor` is "local" or "ray", then on the cluster at address `cluster` ("": one on this machine). Where `out` is
     replaced, reasons for rejections that have become more or less frequent since are logged as warnings.
 
-    Raises DataError for a bad configuration or target, SandboxUnavailable where nothing can be executed safely. A
-    language whose tests this machine cannot run is left out and named in the manifest.
+    Raises DataError for a bad configuration or target and where nothing is kept, SandboxUnavailable where nothing can
+    be executed safely. A language whose tests this machine cannot run is left out and named in the manifest.
     """
     validate(config)
     known = [rule for rule in CATALOGUE if rule.language in config.languages]
@@ -383,6 +388,13 @@ def prepare(
             "raw": run.write_raw_output(partial),
             "tools": sandbox.versions,
         }
+    if not any(entries.values()):
+        if manifest["languages_left_out"] and not run.languages:
+            raise DataError(f"{out}: no test runner here for {', '.join(manifest['languages_left_out'])}; install one")
+        raise DataError(
+            f"{out}: nothing was kept of what {asked.name} wrote ({run.rejections.most_frequent()}), so there is no "
+            f"data set; what it said is in {partial / 'raw'}. launch/collect_traces.py tells what a teacher is worth"
+        )
     before = tally_of(out)
     commit(partial, out, manifest)
     journal.remove()

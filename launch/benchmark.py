@@ -18,7 +18,7 @@ from srl_jax import cli
 _OUT = flags.DEFINE_string("out", "runs/bench", "Where rounds and results are kept.")
 _PARTS = flags.DEFINE_list("parts", ["workloads"], "Among workloads, reward, grammar, tags, ablation.")
 _WORKLOAD = flags.DEFINE_list("workload", ["w1", "w2", "w3"], "Among w1, w2, w3, tiny, gpu05b, gpu8b.")
-_COMPARE = flags.DEFINE_list("compare", [], "Peers, among hf (transformers), trl, tunix.")
+_COMPARE = flags.DEFINE_list("compare", [], "Among hf, trl, tunix, and unforced: ours, a forced token at a time.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternating rounds of each race.", lower_bound=1)
 _DATA = flags.DEFINE_string("data", "data/demo", "Data set whose dev split --parts=reward,tags read.")
 _RECORDS = flags.DEFINE_integer("records", 32, "Dev records for --parts=reward,tags.", lower_bound=1)

@@ -1,4 +1,4 @@
-"""Rewrite code: `python launch/rewrite.py --workdir=runs/demo --directory=. --instruction="Use log.info, not print"`.
+"""Rewrite code: `python launch/rewrite.py --workdir=runs/demo --directory=. --instruction='Call `new`, not `old`'`.
 
 Shows what a run's newest checkpoint (or --model, an export; or --teacher, an endpoint) proposes, executed and ranked;
 none is usable without a name that the instruction marks by backquotes. Writes only with --apply, only in --directory.

@@ -25,7 +25,7 @@ import numpy as np
 from srl_jax import credit, grpo
 from srl_jax.config import TrainConfig
 from srl_jax.episodes import Chain, moved_on
-from srl_jax.groups import Groups, rollout_metrics, sampled_kl, worth_training
+from srl_jax.groups import Groups, joined, rollout_metrics, sampled_kl, worth_training
 from srl_jax.records import TeacherRecord
 from srl_jax.rollout import (
     MAX_SKIPPED,
@@ -167,7 +167,7 @@ def walk(
         places = [i if due[i] else other for i in range(len(chains))]
         groups = sample_groups(
             student, variables, [records[i] for i in places], [prompts[i] for i in places],
-            jax.random.fold_in(key, number), service, group_size=1, prompt_width=config.data.max_prompt_tokens,
+            jax.random.fold_in(key, number), service, group_size=1, max_prompt_tokens=config.data.max_prompt_tokens,
             settings=settings, timing=timing, slots=config.sampling.slots, asked=due,
         )  # fmt: skip
         walked.arrays.append(groups.arrays)
@@ -202,7 +202,7 @@ def batch_rows(walked: Walked, steps: int) -> dict[str, np.ndarray]:
     missing = steps - len(walked.arrays)
     first = walked.arrays[0]
     filler = {**first, "mask": np.zeros_like(first["mask"])}
-    return {name: np.concatenate([a[name] for a in (*walked.arrays, *[filler] * missing)]) for name in first}
+    return joined([*walked.arrays, *[filler] * missing])
 
 
 def step_returns(groups: Groups, present: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Counts compilations, so that a step whose shapes changed is seen: after the first steps there should be none."""
+"""Counts compilations, so that a step whose shapes changed is seen: once every size was met there should be none."""
 
 import contextlib
 from collections.abc import Iterator

@@ -102,7 +102,7 @@ def answer_groups(
 
     `eval.batch_size` rows are decoded at once. `start` goes on at the batch that begins with that record, with the
     answers it would have had in a whole run. `reference=False` spares the base's log-probs. `like` records are what
-    batches are cut for, where several calls are to share one shape.
+    batches are cut for, where several calls are to share one size.
     """
     shards = student.mesh.shape["data"] * student.mesh.shape["fsdp"]
     count = max(len(records), like)
@@ -116,13 +116,13 @@ def answer_groups(
     settings = StepSettings(temperature=student.sampling.temperature or 1.0, micro_batch=width)
     for first in range(start, len(records), size):
         batch = list(records[first : first + size])
-        # A short last batch is filled up, so that nothing is compiled twice; the copies are dropped again.
+        # A short last batch is filled up, so that its size is compiled already; the copies are dropped again.
         filled = batch + [batch[0]] * (size - len(batch))
         prompts = [student.tokenizer.encode_prompt(r.task, few_shot=config.data.few_shot) for r in filled]
         timing: Counter = Counter()
         groups = sample_groups(
             student, variables, filled, prompts, jax.random.fold_in(jax.random.key(seed), first), service,
-            group_size=group_size, prompt_width=config.data.max_prompt_tokens, settings=settings, timing=timing,
+            group_size=group_size, max_prompt_tokens=config.data.max_prompt_tokens, settings=settings, timing=timing,
             reference=reference and lora is not None, slots=width,
         )  # fmt: skip
         yield groups.take(range(len(batch))), timing

@@ -53,8 +53,20 @@ class Groups:
         )
 
     def __add__(self, other: "Groups") -> "Groups":
-        arrays = {name: np.concatenate([array, other.arrays[name]]) for name, array in self.arrays.items()}
+        arrays = joined([self.arrays, other.arrays])
         return Groups(self.records + other.records, self.texts + other.texts, self.scores + other.scores, arrays)
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Sampled arrays one after the other, prompts padded to the widest."""
+    width = max(part["prompt_tokens"].shape[-1] for part in parts)
+
+    def padded(name: str, array: np.ndarray) -> np.ndarray:
+        if name != "prompt_tokens":
+            return array
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
+
+    return {name: np.concatenate([padded(name, part[name]) for part in parts]) for name in parts[0]}
 
 
 def informative(groups: Groups, config: TrainConfig) -> list[int]:

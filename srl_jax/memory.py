@@ -18,7 +18,7 @@ import optax
 from srl_jax import grammar
 from srl_jax.config import TrainConfig, validate
 from srl_jax.model.decoder import abstract_variables, mergeable
-from srl_jax.sampling import decode, prefill, row_keys
+from srl_jax.sampling import LEAST_ROWS, decode, intake_of, prefill, row_keys
 from srl_jax.sharding import batch_sharding, make_mesh, replicated, variable_shardings
 from srl_jax.student import Student, plan_student
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, make_optimizer, reference_logprobs, train_step
@@ -164,6 +164,7 @@ def _sampler_bytes(config: TrainConfig, programs: Programs) -> int:
     start = prefill.lower(
         student.decoder, variables, automaton, tokens, lengths, keys,
         group_size=group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+        sharding=None if tokens.sharding.is_fully_replicated else tokens.sharding,
     )  # fmt: skip
     started = start.compile()
     flight = jax.tree.map(
@@ -172,7 +173,15 @@ def _sampler_bytes(config: TrainConfig, programs: Programs) -> int:
     )  # fmt: skip
     turns = decode.lower(student.decoder, variables, automaton, flight, 0, 0, settings=student.sampling)
     own_copy = device_bytes([x["kernel"] for x in student.params["layers"].values() if "kernel" in x]) if merged else 0
-    return max(_beside_inputs(started), device_bytes(flight) + _beside_inputs(turns.compile())) + own_copy
+    # Beside the flight are, one at a time: a turn, its copy with half of the rows but maybe all prompts, an intake.
+    beside = [_beside_inputs(turns.compile())]
+    shared = device_bytes(flight.prefix)
+    beside += [shared + (device_bytes(flight) - shared) // 2] if lengths.shape[0] * group_size > LEAST_ROWS else []
+    if slots < prompts:
+        shares, intake = slots // lengths.sharding.shard_shape(lengths.shape)[0], intake_of(slots)
+        # An intake that does not divide is computed whole by every device.
+        beside.append(_beside_inputs(started) * intake * (shares if intake % shares else 1) // slots)
+    return max(_beside_inputs(started), device_bytes(flight) + max(beside)) + own_copy
 
 
 def _beside_inputs(compiled: jax.stages.Compiled) -> int:

@@ -20,7 +20,7 @@ from srl_jax.records import ReplayGroup, SamplerSettings
 from srl_jax.replay import ReplayError, stored_group
 from srl_jax.rollout import grammar_states, make_batch
 from srl_jax.sharding import batch_sharding
-from srl_jax.student import Student, pad_prompts
+from srl_jax.student import Student, pad_prompts, prompt_width
 from srl_jax.train_step import StepSettings, TrainBatch, current_scores
 
 
@@ -145,9 +145,9 @@ def _check(student: Student, group: ReplayGroup, config: TrainConfig) -> None:
 
 
 def _arrays(student: Student, groups: Sequence[ReplayGroup], config: TrainConfig) -> dict[str, np.ndarray]:
-    prompts, lengths = pad_prompts(
-        [group.prompt_ids.tolist() for group in groups], config.data.max_prompt_tokens, student.tokenizer.pad_id
-    )
+    ids = [group.prompt_ids.tolist() for group in groups]
+    width = prompt_width(ids, config.data.max_prompt_tokens)
+    prompts, lengths = pad_prompts(ids, width, student.tokenizer.pad_id)
     stack = lambda name: np.stack([getattr(group, name) for group in groups])
     return {
         "prompt_tokens": prompts,

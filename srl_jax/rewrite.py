@@ -16,7 +16,7 @@ from srl_jax.relevance import Place
 from srl_jax.rollout import decode_completions
 from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import Sandbox
-from srl_jax.student import Student, pad_prompts
+from srl_jax.student import Student, pad_prompts, prompt_width
 from srl_jax.trace import Trace, TraceError, parse_trace, render_action
 from srl_jax.trained import open_trained
 from srl_jax.worktree import DirectoryError
@@ -56,9 +56,8 @@ def draw_traces(
     Traces that do not parse, which only an unconstrained policy writes, are left out.
     """
     variables = student.sampling_variables(lora)
-    tokens, lengths = pad_prompts(
-        [list(ids) for ids in prompts], config.data.max_prompt_tokens, student.tokenizer.pad_id
-    )
+    width = prompt_width(prompts, config.data.max_prompt_tokens)
+    tokens, lengths = pad_prompts([list(ids) for ids in prompts], width, student.tokenizer.pad_id)
     found: list[dict[str, tuple[Trace, float]]] = [{} for _ in prompts]
     for temperature, group_size in ((0.0, 1), (1.0, count - 1)):
         if not group_size:

@@ -22,7 +22,7 @@ from srl_jax.sampling import Completions, sample
 from srl_jax.sandbox.runner import RunnerUnavailable
 from srl_jax.sandbox.service import Score, ScoreRequest, ScoresCompletions
 from srl_jax.sharding import batch_sharding
-from srl_jax.student import Student, pad_prompts
+from srl_jax.student import Student, pad_prompts, prompt_width
 from srl_jax.teacher_rows import with_teachers
 from srl_jax.train_step import StepSettings, TrainBatch, current_scores, reference_logprobs
 from srl_jax.value import guess, prompt_features
@@ -160,7 +160,7 @@ def sample_groups(
     service: ScoresCompletions,
     *,
     group_size: int,
-    prompt_width: int,
+    max_prompt_tokens: int,
     settings: StepSettings,
     timing: Counter,
     reference: bool = True,
@@ -175,7 +175,7 @@ def sample_groups(
     """
     started = time.perf_counter()
     put = partial(hosts.place, sharding=batch_sharding(student.mesh))
-    prompt_tokens, lengths = pad_prompts(prompts, prompt_width, student.tokenizer.pad_id)
+    prompt_tokens, lengths = pad_prompts(prompts, prompt_width(prompts, max_prompt_tokens), student.tokenizer.pad_id)
     drawn: Completions = sample(
         student.decoder,
         variables,
@@ -249,7 +249,7 @@ def collect_rollouts(
         skipped += too_long
         groups = sample_groups(
             student, variables, batch_records, prompts, jax.random.fold_in(key, attempt), service,
-            group_size=c.group_size - c.teacher_in_group, prompt_width=config.data.max_prompt_tokens,
+            group_size=c.group_size - c.teacher_in_group, max_prompt_tokens=config.data.max_prompt_tokens,
             settings=settings, timing=timing, slots=config.sampling.slots,
         )  # fmt: skip
         drawn = groups if drawn is None else drawn + groups

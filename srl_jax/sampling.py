@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from srl_jax import grammar
@@ -25,7 +26,7 @@ from srl_jax.truncation import NOTHING, keep_likeliest
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF
 # Below so many rows a decode step costs what reading the weights costs, so a still smaller batch gains nothing.
-_LEAST_ROWS = 8
+LEAST_ROWS = 8
 # Forced tokens read at once, at most: on two cores a step over 64 tokens takes 1.4 to 1.6 times as long as one over 16.
 _AHEAD = 3
 _FAR = np.iinfo(np.int32).max
@@ -145,7 +146,7 @@ class Flight(NamedTuple):
 _ROW_FIELDS = ("keys", "token", "state", "age", "done", "tokens", "logprobs", "kept")
 
 
-@partial(jax.jit, static_argnames=("decoder", "group_size", "settings", "pad_id"))
+@partial(jax.jit, static_argnames=("decoder", "group_size", "settings", "pad_id", "sharding"))
 def prefill(
     decoder: Decoder,
     variables: dict,
@@ -157,14 +158,18 @@ def prefill(
     group_size: int,
     settings: SamplingConfig,
     pad_id: int,
+    sharding: NamedSharding | None = None,
 ) -> Flight:
-    """Encodes each prompt once and readies `group_size` rows for it; `keys` [P*G] is each row's own."""
+    """Encodes each prompt once and readies `group_size` rows for it; `keys` [P*G] is each row's own.
+
+    `sharding`, where prompts are split over several devices: that of `prompt_lengths`. Each slot's rows live beside it.
+    """
     b, t_max = keys.shape[0], settings.max_new_tokens
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, axis=1)[:, 0]
     own = variables["params"]["embedding"].dtype
     dtype = own if settings.cache_dtype == "model" else jnp.dtype(settings.cache_dtype)
     prefix = encode_prompts(decoder, variables, prompt_tokens, prompt_lengths, dtype)
-    return Flight(
+    flight = Flight(
         prefix=prefix._replace(k=as_columns(prefix.k)),
         prompts=prompt_tokens,
         lengths=prompt_lengths,
@@ -178,6 +183,25 @@ def prefill(
         logprobs=jnp.zeros((b, t_max), jnp.float32),
         kept=jnp.full((b, t_max, settings.width), NOTHING, jnp.int32) if settings.width else None,
     )
+    return flight if sharding is None else _split(flight, sharding)
+
+
+def _split(flight: Flight, sharding: NamedSharding) -> Flight:
+    """`flight` with its slots, and their rows, split as `sharding` splits an array's first axis."""
+
+    def along(axis: int, tree):
+        def constrained(x):
+            # What the compiler does with heads is its own affair.
+            spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+            spec[axis] = sharding.spec[0]
+            return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+        return jax.tree.map(constrained, tree)
+
+    layered = {"prefix": Prefix(*along(1, flight.prefix[:2]), along(0, flight.prefix.mask))}
+    layered["cache"] = along(1, flight.cache)
+    rest = {name: along(0, value) for name, value in flight._asdict().items() if name not in layered}
+    return Flight(**layered, **rest)
 
 
 @partial(jax.jit, static_argnames=("decoder", "settings"), donate_argnames=("flight",))
@@ -191,9 +215,10 @@ def decode(
     *,
     settings: SamplingConfig,
 ) -> Flight:
-    """Draws tokens until all rows are done, at most `few_slots` slots are busy, or none has over `few_rows` rows left.
+    """Draws tokens until all rows are done, at most `few_slots` slots are busy, or groups of `few_rows` hold the rest.
 
-    `flight` is donated: its cache is written in place.
+    The last means as many groups as there are slots, each of rows of one slot; 0: never. `flight` is donated: its cache
+    is written in place.
     """
     slots, rows = flight.lengths.shape[0], flight.token.shape[0]
     group_size = rows // slots
@@ -242,7 +267,8 @@ def decode(
 
     def running(flight: Flight) -> Bool[Array, ""]:
         alive = (~flight.done).reshape(slots, group_size).sum(axis=1)
-        return (alive.max() > few_rows) & ((alive > 0).sum() > few_slots)
+        groups = (-(-alive // jnp.maximum(few_rows, 1))).sum()
+        return alive.any() & ((alive > 0).sum() > few_slots) & ((few_rows == 0) | (groups > slots))
 
     def leaping(flight: Flight) -> Bool[Array, ""]:
         """Whether so many rows have forced tokens that the dearer step pays."""
@@ -329,13 +355,16 @@ def _choose(
     return chosen.astype(jnp.int32), logprob, kept
 
 
-@partial(jax.jit, donate_argnames=("flight",))
-def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
-    """`flight` with the new prompts of `fresh` in the given slots; a slot number out of range is a prompt too many."""
+@partial(jax.jit, static_argnames=("sharding",), donate_argnames=("flight",))
+def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"], *, sharding: NamedSharding | None = None) -> Flight:
+    """`flight` with the new prompts of `fresh` in the given slots; a slot number out of range is a prompt too many.
+
+    `sharding` as in `prefill`.
+    """
     group_size = flight.token.shape[0] // flight.lengths.shape[0]
     rows = (slots[:, None] * group_size + jnp.arange(group_size)[None, :]).reshape(-1)
     by_slot, by_row = partial(_put, at=slots, axis=0), partial(_put, at=rows, axis=0)
-    return flight._replace(
+    filled = flight._replace(
         prefix=Prefix(
             *jax.tree.map(partial(_put, at=slots, axis=1), flight.prefix[:2], fresh.prefix[:2]),
             by_slot(flight.prefix.mask, fresh.prefix.mask),
@@ -344,25 +373,28 @@ def _refill(flight: Flight, fresh: Flight, slots: Int[Array, "R"]) -> Flight:
         lengths=by_slot(flight.lengths, fresh.lengths),
         **{name: jax.tree.map(by_row, getattr(flight, name), getattr(fresh, name)) for name in _ROW_FIELDS},
     )
+    return filled if sharding is None else _split(filled, sharding)
 
 
 def _put(old: Array, new: Array, *, at: Int[Array, "R"], axis: int) -> Array:
     return old.at[(slice(None),) * axis + (at,)].set(new, mode="drop")
 
 
-@jax.jit
-def _compact(flight: Flight, slots: Int[Array, "P2"], members: Int[Array, "P2 G2"]) -> Flight:
-    """The given slots, and of each the given members, as a smaller flight."""
-    group_size = flight.token.shape[0] // flight.lengths.shape[0]
-    rows = (slots[:, None] * group_size + members).reshape(-1)
+@partial(jax.jit, static_argnames=("sharding",))
+def compact(
+    flight: Flight, slots: Int[Array, "P2"], rows: Int[Array, "P2 G2"], *, sharding: NamedSharding | None = None
+) -> Flight:
+    """The given rows, those of [n, :] in a copy of slot n of `slots`, as a smaller flight; split as in `prefill`."""
+    rows = rows.reshape(-1)
     prefix = Prefix(*jax.tree.map(lambda x: x[:, slots], flight.prefix[:2]), flight.prefix.mask[slots])
-    return flight._replace(
+    smaller = flight._replace(
         prefix=prefix,
         prompts=flight.prompts[slots],
         lengths=flight.lengths[slots],
         cache=jax.tree.map(lambda x: x[:, rows], flight.cache),
         **{name: jax.tree.map(lambda x: x[rows], getattr(flight, name)) for name in _ROW_FIELDS},
     )
+    return smaller if sharding is None else _split(smaller, sharding)
 
 
 def sample(
@@ -391,32 +423,46 @@ def sample(
     """
     count = prompt_tokens.shape[0]
     keys = key if key.ndim else row_keys(key, count * group_size)
-    start = partial(prefill, decoder, variables, automaton, group_size=group_size, settings=settings, pad_id=pad_id)
+    sharding = getattr(prompt_tokens, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        sharding, shares = None, 1
+    else:
+        shares = count // sharding.shard_shape(prompt_tokens.shape)[0]
+
+    def start(tokens, lengths, keys) -> Flight:
+        own = None if len(lengths) % shares else sharding  # where they do not divide, each device has them all
+        placed = (tokens, lengths) if own is None else jax.device_put((tokens, lengths), own)
+        return prefill(
+            decoder, variables, automaton, *placed, keys,
+            group_size=group_size, settings=settings, pad_id=pad_id, sharding=own,
+        )  # fmt: skip
+
     go_on = partial(decode, decoder, variables, automaton, settings=settings)
     if jax.process_count() > 1:
         # Rows live on other hosts too, and all hosts must take the same turns: one loop to the end.
-        return _completions(automaton, go_on(start(prompt_tokens, prompt_lengths, keys)), count)
+        return completions(automaton, go_on(start(prompt_tokens, prompt_lengths, keys)), count)
 
     width = min(slots or count, count)
+    one_device = len(jax.tree.leaves(variables)[0].sharding.device_set) == 1
     if width < count:
         # Chosen from anew at every intake.
         prompt_tokens, prompt_lengths = np.asarray(prompt_tokens), np.asarray(prompt_lengths)
-    one_device = len(jax.tree.leaves(variables)[0].sharding.device_set) == 1
     flight = start(prompt_tokens[:width], prompt_lengths[:width], keys[: width * group_size])
+    split = None if width % shares else sharding  # each device goes on with its share of the slots, whatever takes them
     # Which of the N*G completions each row of the flight is.
     origin = np.arange(width * group_size).reshape(width, group_size)
-    waiting, intake = list(range(width, count)), max(1, width // 4)
+    waiting, intake = list(range(width, count)), intake_of(width)
     out: dict[str, np.ndarray] = {}
     while True:
         p, g = origin.shape
         if waiting:
             few = (p - min(intake, len(waiting)), 0)
-        elif p * g > _LEAST_ROWS:
+        elif p * g > LEAST_ROWS:
             few = (p // 2 if one_device else 0, g // 2)
         else:
             few = (0, 0)
         flight = go_on(flight, *few)
-        drawn = _completions(automaton, flight, p)
+        drawn = completions(automaton, flight, p)
         alive = ~np.asarray(flight.done).reshape(p, g)
         if not alive.any() and not waiting and not out:
             return drawn
@@ -433,29 +479,51 @@ def sample(
             places[: len(taken)] = free[: len(taken)]
             rows = chosen[:, None] * group_size + np.arange(group_size)[None, :]
             fresh = start(prompt_tokens[chosen], prompt_lengths[chosen], keys[rows.reshape(-1)])
-            flight = _refill(flight, fresh, places)
+            flight = _refill(flight, fresh, places, sharding=split)
+            del fresh  # or it would stay beside the next one
             origin[places[: len(taken)]] = rows[: len(taken)]
         elif alive.any():
-            slots_left, members = _smaller(alive, divide_slots=one_device)
-            flight = _compact(flight, slots_left, members)
-            origin = np.take_along_axis(origin[slots_left], members, axis=1)
+            slots_left, rows = smaller(alive, divide_slots=one_device)
+            flight = compact(flight, slots_left, rows, sharding=split)
+            origin = origin.reshape(-1)[rows]
         else:
             return Completions(**{name: x.reshape(count, group_size, *x.shape[1:]) for name, x in out.items()})
 
 
-def _smaller(alive: np.ndarray, *, divide_slots: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [P2] and their members [P2, G2] that hold all rows `alive` [P, G]; sizes by repeated halving."""
+def intake_of(slots: int) -> int:
+    """How many waiting prompts take free slots at once."""
+    return max(1, slots // 4)
+
+
+def smaller(alive: np.ndarray, *, divide_slots: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [P2] and rows [P2, G2] of a smaller flight with all rows `alive` [P, G] in it, filled up with a dead one.
+
+    Sizes come by halving, first the slots, then their rows, whereby a slot may be there twice. Halving ends where it
+    gains nothing, which also leaves few sizes to compile: 16 rows of two slots have two.
+    """
     p, g = alive.shape
-    while divide_slots and p > 1 and alive.any(axis=1).sum() <= p // 2:
-        p //= 2
-    while g > 1 and alive.sum(axis=1).max() <= g // 2:
-        g //= 2
-    slots = np.argsort(~alive.any(axis=1), kind="stable")[:p]
-    members = np.argsort(~alive[slots], axis=1, kind="stable")[:, :g]
-    return slots, members
+    counts = alive.sum(axis=1)
+    groups = lambda size: (-(-counts // size)).sum()
+    while p * g > LEAST_ROWS:
+        if divide_slots and p > 1 and groups(g) <= p // 2:
+            p //= 2
+        elif g > 1 and groups(g // 2) <= p:
+            g //= 2
+        else:
+            break
+    numbers = np.arange(alive.size).reshape(alive.shape)
+    slots, rows = np.zeros(p, np.int32), np.full((p, g), numbers[~alive][0])
+    parts = []
+    for slot, living in enumerate(alive):
+        of_slot = numbers[slot][living]
+        parts += [(slot, of_slot[i : i + g]) for i in range(0, len(of_slot), g)]
+    for place, (slot, part) in enumerate(parts):
+        slots[place], rows[place, : len(part)] = slot, part
+    return slots, rows
 
 
-def _completions(automaton: grammar.TokenAutomaton, flight: Flight, slots: int) -> Completions:
+@partial(jax.jit, static_argnames=("slots",))
+def completions(automaton: grammar.TokenAutomaton, flight: Flight, slots: int) -> Completions:
     """What the rows of `flight` have drawn so far, by slot."""
     columns = jnp.arange(flight.tokens.shape[1])[None, :]
     finished = flight.state.state == automaton.end_state

@@ -20,7 +20,7 @@ from srl_jax.config import TrainConfig
 from srl_jax.model.decoder import Decoder
 from srl_jax.records import TeacherRecord
 from srl_jax.rollout import PromptTooLong, make_batch, take_prompts
-from srl_jax.student import Student, pad_prompts
+from srl_jax.student import Student, pad_prompts, prompt_width
 from srl_jax.teacher_rows import possible_rows, trace_ids
 from srl_jax.train_step import StepSettings, TrainBatch, TrainState, descend, policy_logprobs
 
@@ -65,7 +65,8 @@ def collect_traces(
             continue
         prompts.append(prompt)
         traces.append(ids)
-    prompt_tokens, lengths = pad_prompts(prompts, config.data.max_prompt_tokens, student.tokenizer.pad_id)
+    widest = prompt_width(prompts, config.data.max_prompt_tokens)
+    prompt_tokens, lengths = pad_prompts(prompts, widest, student.tokenizer.pad_id)
     tokens, sizes = pad_prompts(traces, width, student.tokenizer.pad_id)
     mask = np.arange(width) < sizes[:, None]
     arrays = {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths, "tokens": tokens[:, None]}

@@ -86,7 +86,7 @@ def profile(config: TrainConfig, records: Iterator[Any], out: Path, steps: int) 
 
 
 def _warm_up(run: Run, records: Iterator[Any]) -> int:
-    """Steps until one compiles nothing: what is left of a batch goes on as a smaller one, compiled when it is met."""
+    """Steps until one compiles nothing: smaller batches and other prompt widths are compiled when they are met."""
     for step in range(_WARM_UP):
         with count_compiles() as compiled:
             take_step(run, records, step, None)

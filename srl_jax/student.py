@@ -5,6 +5,7 @@ grammar always belong together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +20,8 @@ from srl_jax.model.decoder import Decoder, init_lora, merge_lora, mergeable
 from srl_jax.model.shapes import SHAPES
 from srl_jax.sampling import SamplingConfig
 from srl_jax.tokenizer import Tokenizer, load_tokenizer
+
+_WIDTH_STEP = 128  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,15 @@ def _assemble(
     )
     automaton = jax.device_put(automaton, sharding.replicated(mesh))
     return Student(decoder, params, tokenizer, automaton, mesh, settings, base_hash)
+
+
+def prompt_width(prompts: Sequence[Sequence[int]], limit: int) -> int:
+    """The width to pad `prompts` to, at most `limit` tokens: one of four or fewer, since each is compiled for itself.
+
+    They are multiples of 128, as attention kernels like them, and `limit` itself.
+    """
+    step = -(-limit // (4 * _WIDTH_STEP)) * _WIDTH_STEP
+    return min(limit, -(-max(map(len, prompts)) // step) * step)
 
 
 def pad_prompts(prompts: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -146,6 +146,11 @@ def _allowed(
     return allowed if kept is None else restrict(allowed, kept)
 
 
+def _imitated(batch: TrainBatch) -> Bool[Array, "rows 1"]:
+    """Which completions are a teacher's; False alone, of any shape, where none is."""
+    return jnp.zeros((1, 1), bool) if batch.imitated is None else batch.imitated.reshape(-1, 1)
+
+
 def _micro_batches(batch: TrainBatch, size: int) -> TrainBatch:
     """Splits the prompt axis into [micro-batches, size] by stride, so that each spans every device."""
     prompts = batch.prompt_lengths.shape[0]
@@ -244,7 +249,9 @@ def train_step(
     flat_mask = batch.completion_mask.reshape(-1, batch.completion_mask.shape[-1])
     scaled = {"aggregation": settings.aggregation}
     scaled["denominator"] = grpo.loss_denominator(flat_mask, **scaled, max_length=settings.max_length)
-    tokens = jnp.maximum(flat_mask.sum(), 1).astype(jnp.float32)
+    number = lambda mask: jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    # A teacher's own tokens have no old log-prob, so they would only dilute what is said of the sampler's.
+    tokens, drawn = number(flat_mask), number(flat_mask & ~_imitated(batch))
     clip = {"clip_epsilon_low": settings.clip_epsilon_low, "clip_epsilon_high": settings.clip_epsilon_high}
 
     def loss(lora, micro: TrainBatch):
@@ -260,7 +267,7 @@ def train_step(
         advantages = micro.advantages.reshape(everything.shape[0], *micro.advantages.shape[2:])
         value = jnp.float32(0.0)
         if micro.imitated is not None:
-            sampled = everything & ~micro.imitated.reshape(-1, 1)
+            sampled = everything & ~_imitated(micro)
             value = grpo.imitation_gain(
                 logprobs, advantages, everything & ~sampled, gamma=settings.imitation_gamma, **scaled
             )
@@ -280,11 +287,11 @@ def train_step(
         if settings.entropy_coef:
             value -= settings.entropy_coef * grpo.aggregate(entropy, sampled, **scaled)
         clipped = grpo.clip_fractions(
-            logprobs, old, advantages, sampled, **clip, level=settings.ratio, denominator=tokens
+            logprobs, old, advantages, sampled, **clip, level=settings.ratio, denominator=drawn
         )
         sums = {
             "entropy": jnp.where(everything, entropy, 0.0).sum() / tokens,
-            "logprob_gap": jnp.where(sampled, jnp.abs(logprobs - old), 0.0).sum() / tokens,
+            "logprob_gap": jnp.where(sampled, jnp.abs(logprobs - old), 0.0).sum() / drawn,
             "ratio_mean": clipped.ratio_mean,
             "clip_low": clipped.low,
             "clip_high": clipped.high,

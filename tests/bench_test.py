@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from srl_jax import grammar
-from srl_jax.bench import floor, masking, parts, scoring, tables, weights, worker, workload
+from srl_jax.bench import floor, masking, ours, parts, scoring, tables, weights, worker, workload
 from srl_jax.bench.race import SYSTEMS, race
 from srl_jax.bench.workload import WORKLOADS
 from srl_jax.config import ConfigError, TrainConfig
@@ -176,10 +176,24 @@ def test_the_mask_of_a_step_is_timed():
 
 def test_what_a_variant_changes_changes_no_token(tmp_path):
     # Compaction and guesses only make the same tokens sooner; ragged rows end early, which is what compaction is for.
-    variants = {name: SYSTEMS[name] for name in ("ragged", "uncompacted")}
-    stored = race("t", TINY, variants, tmp_path, rounds=1, commit="c", say=quiet)
-    tokens = [stored["rounds"][0]["systems"][name]["rollout"]["tokens"] for name in variants]
-    assert tokens[0] == tokens[1] < TINY.tokens
+    work = dataclasses.replace(TINY, group_size=8)  # two slots of eight rows, enough to compact
+    variants = {name: SYSTEMS[name] for name in ("ragged", "uncompacted", "speculating")}
+    stored = race("t", work, variants, tmp_path, rounds=3, commit="c", say=quiet)
+    for turns in (entry["systems"] for entry in stored["rounds"]):
+        ragged, uncompacted, speculating = (turns[name]["rollout"] for name in variants)
+        assert ragged["tokens"] == uncompacted["tokens"] < work.tokens
+        assert speculating["tokens"] == work.tokens
+        assert not ragged["compilations"] and not speculating["compilations"], "all sizes are compiled before"
+    assert "drafts_accepted" in tables.summary(stored, "ragged")["speculating"]
+
+
+def test_accepted_drafts_by_hand():
+    # The prompt is 1 2 3 4 1 2. Row one: 3 4 1 2 3 9; row two: 7 8.
+    drawn = {"tokens": np.asarray([[[3, 4, 1, 2, 3, 9], [7, 8, 0, 0, 0, 0]]])}
+    drawn["mask"] = np.asarray([[[1] * 6, [1, 1, 0, 0, 0, 0]]], bool)
+    # After 3 4: 1 2 was right, both of two guesses; then 3 is drawn, and after 2 3 comes 4, wrong where 9 ends the row.
+    share = ours.accepted_drafts(np.asarray([[1, 2, 3, 4, 1, 2]]), np.asarray([6]), drawn, 2)
+    assert share == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,23 @@ def test_a_bad_teacher_is_counted_and_its_output_kept(tmp_path, embedder):
     assert kept == 4 and manifest["raw"][0]["records"] == kept + dropped and manifest["teacher"] == "rubbish/1"
 
 
+def test_a_teacher_of_whom_nothing_is_kept_makes_no_data_set(tmp_path, embedder):
+    class Hopeless(OracleTeacher):
+        name = version = "hopeless/1"
+
+        def write(self, draft):
+            return "As a language model,"
+
+    config = small(tmp_path, real_share=0.0, train=2, dev=0, test=0)
+    prepare(config, tmp_path / "a", embedder=embedder)
+    before = tree(tmp_path / "a")
+    for target in ("a", "new"):
+        with pytest.raises(DataError, match=r"nothing was kept of what hopeless/1 wrote \(\d+ malformed:missing_tag\)"):
+            prepare(config, tmp_path / target, collector=of(Hopeless()), embedder=embedder)
+        assert (tmp_path / f"{target}.partial" / "raw" / "train.jsonl.gz").exists()
+    assert tree(tmp_path / "a") == before and not (tmp_path / "new").exists()
+
+
 def test_a_task_without_an_answer_is_counted_with_what_it_cost(tmp_path, embedder, caplog):
     config = small(tmp_path, real_share=0.0, train=4, dev=0, test=0)
     prepare(config, tmp_path / "a", embedder=embedder)

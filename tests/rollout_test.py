@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from srl_jax.config import TrainConfig
+from srl_jax.groups import joined
 from srl_jax.rewards import Reward, RewardConfig
 from srl_jax.rollout import PromptTooLong, collect_rollouts, executable, executable_only, take_prompts
 from srl_jax.sandbox import EngineResult, EnvReport, RunnerUnavailable, SandboxConfig, SandboxCrash, Status
@@ -222,3 +223,14 @@ def test_tasks_that_cannot_run_here_are_left_out():
     assert [record.task.task_id for record in taken] == ["task-2"] * 3
     with pytest.raises(RunnerUnavailable, match="1000 tasks in a row need it"):
         next(executable_only(itertools.repeat(needs_node), frozenset({"unittest"})))
+
+
+def test_groups_of_prompts_of_different_widths_are_put_together():
+    parts = [
+        {"prompt_tokens": np.full((2, width), width), "prompt_lengths": np.asarray([width, 1])} for width in (3, 5)
+    ]
+    whole = joined(parts)
+    assert whole["prompt_tokens"].tolist() == [[3, 3, 3, 0, 0]] * 2 + [[5] * 5] * 2
+    assert whole["prompt_lengths"].tolist() == [3, 1, 5, 1]
+    own = [{"prompt_tokens": np.ones((2, 4, width))} for width in (3, 5)]  # each completion's own
+    assert joined(own)["prompt_tokens"].sum(-1).tolist() == [[3] * 4] * 2 + [[5] * 4] * 2

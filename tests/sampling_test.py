@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
-from srl_jax import grammar, sampling
-from srl_jax.model.decoder import completion_hidden
+from srl_jax import grammar, sampling, sharding
+from srl_jax.model import hf, shapes
+from srl_jax.model.decoder import Decoder, completion_hidden
 from srl_jax.rollout import decode_completions, make_batch
 from srl_jax.sampling import draw, look_up, sample
 from srl_jax.student import pad_prompts
 from srl_jax.trace import parse_trace
 from srl_jax.train_step import policy_logprobs
-from tests.fakes import tiny_config, tiny_student
+from tests.fakes import perturbed, tiny_config, tiny_student
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 def _prompts(count, width=24, seed=0):
@@ -103,6 +107,59 @@ def test_a_row_keeps_its_tokens_whatever_its_neighbours(student, lora):
     assert not np.array_equal(together.tokens[0, 0], together.tokens[0, 1])
 
 
+def test_whole_rollouts_follow_the_masked_distribution():
+    """Chi-square on a vocabulary of hundreds, under the grammar: of one token, and of all that are not forced.
+
+    A token drawn from p lies at a uniform place of p's cumulative sum, whatever came before it.
+    """
+    tokenizer = tiny_tokenizer()
+    decoder = Decoder(shapes.tiny(tokenizer.vocab_size), lora_rank=4, lora_alpha=8.0)
+    params = hf.random_params(decoder.config, seed=1)
+    params["embedding"] = params["embedding"] * 4  # some tokens much likelier than others
+    automaton = grammar.compile_grammar(tokenizer, vocab_size=tokenizer.vocab_size)
+    budget = grammar.shortest_trace(automaton) + 12
+    settings, rows = sampling.SamplingConfig(budget, budget - 1, temperature=0.8), 1024
+    prompt, length = jnp.asarray([[5, 9, 17, 30]]), jnp.asarray([4])
+    drawn = sample(
+        decoder, {"params": params}, automaton, prompt, length, jax.random.key(2),
+        group_size=rows, settings=settings, pad_id=tokenizer.pad_id,
+    )  # fmt: skip
+    tokens, mask = np.asarray(drawn.tokens[0]), np.asarray(drawn.mask[0])
+    states = grammar.replay(automaton, drawn.tokens[0], budget, settings.max_think_tokens)
+    hidden = completion_hidden(decoder, {"params": params}, prompt, length, drawn.tokens)[0]
+    scores = np.asarray(jnp.einsum("gtd,vd->gtv", hidden, params["embedding"]), np.float64) / 0.8
+    scores = np.where(np.asarray(grammar.allowed_tokens(automaton, states)), scores, -np.inf)
+    probs = np.exp(scores - scores.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    own = np.take_along_axis(probs, tokens[..., None], -1)[..., 0]
+    assert (own[mask] > 0).all()
+
+    first = probs[0, 1]  # after <think>, which is forced: the same for every row
+    counts, expected = np.bincount(tokens[:, 1], minlength=len(first)), rows * first
+    rare = expected < 5
+    counts = [*counts[~rare], counts[rare].sum()]
+    assert scipy.stats.chisquare(counts, [*expected[~rare], expected[rare].sum()]).pvalue > 1e-3
+
+    free = mask & (own < 1 - 1e-6)
+    before = np.take_along_axis(probs.cumsum(-1), tokens[..., None], -1)[..., 0] - own
+    places = (before + np.random.default_rng(0).random(own.shape) * own)[free]
+    assert len(places) > 10_000
+    assert scipy.stats.chisquare(np.histogram(places, bins=20, range=(0, 1))[0]).pvalue > 1e-3
+
+
+def test_sampler_and_trainer_agree_in_bfloat16():
+    student = tiny_student(tiny_config(dtype="bfloat16"))
+    lora = perturbed(student.fresh_lora(0))
+    prompts = _prompts(4)
+    drawn = _sample(student, lora, prompts)
+    arrays = {"prompt_tokens": prompts[0], "prompt_lengths": prompts[1]}
+    arrays |= {name: np.asarray(getattr(drawn, name)) for name in ("tokens", "mask", "logprobs")}
+    batch, variables = make_batch(student, arrays, np.zeros((4, 4))), {"params": student.params, "lora": lora}
+    scored = policy_logprobs(student.decoder, variables, student.automaton, batch, temperature=1.0, chunk=64)
+    gap = np.abs(np.asarray(scored.logprobs) - arrays["logprobs"])[arrays["mask"]]
+    assert gap.mean() <= 1e-2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("constrained", [True, False])
 def test_sampler_and_trainer_agree_on_logprobs(student, lora, temperature, constrained):
@@ -167,22 +224,22 @@ def _ending_often(student, one_in):
 def test_neither_waiting_nor_compaction_changes_a_token(
     student, lora, monkeypatch, prompts, group_size, slots, refills, compactions
 ):
-    seen = {"_refill": 0, "_compact": 0}
+    seen = {"_refill": 0, "compact": 0}
     for name in seen:
 
-        def counted(name, own, *args):
+        def counted(name, own, *args, **kwargs):
             seen[name] += 1
-            return own(*args)
+            return own(*args, **kwargs)
 
         monkeypatch.setattr(sampling, name, functools.partial(counted, name, getattr(sampling, name)))
     automaton = _ending_often(student, 12)
     given = {"automaton": automaton, "max_new_tokens": 24, "group_size": group_size}
     drawn = _sample(student, lora, _prompts(prompts), key=3, slots=slots, **given)
-    assert seen["_refill"] >= refills and seen["_compact"] >= compactions
+    assert seen["_refill"] >= refills and seen["compact"] >= compactions
     lengths = np.asarray(drawn.mask).sum(-1)
     assert lengths.min() < 6 and lengths.max() > 12
     before = dict(seen)
-    monkeypatch.setattr(sampling, "_LEAST_ROWS", 1000)
+    monkeypatch.setattr(sampling, "LEAST_ROWS", 1000)
     plain = _sample(student, lora, _prompts(prompts), key=3, **given)
     assert seen == before
     np.testing.assert_array_equal(drawn.tokens, plain.tokens)
@@ -190,6 +247,71 @@ def test_neither_waiting_nor_compaction_changes_a_token(
     np.testing.assert_array_equal(drawn.finished, plain.finished)
     np.testing.assert_allclose(drawn.logprobs, plain.logprobs, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(drawn.logprobs)[~np.asarray(drawn.mask)], 0)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.booleans(), st.randoms(use_true_random=False))
+def test_a_smaller_batch_holds_every_living_row_once_beside_its_own_prompt(p, g, divide_slots, random):
+    alive = np.asarray([[random.random() < 0.3 for _ in range(g)] for _ in range(p)])
+    alive[random.randrange(p), random.randrange(g)] = False
+    slots, rows = sampling.smaller(alive, divide_slots=divide_slots)
+    taken = alive.reshape(-1)[rows]
+    assert sorted(rows[taken]) == np.flatnonzero(alive).tolist()
+    for slot, members in zip(slots, rows, strict=True):
+        assert all(row // g == slot for row in members if alive.reshape(-1)[row])
+    assert divide_slots or len(slots) == p
+    counts = alive.sum(axis=1)
+    if p * g > sampling.LEAST_ROWS and g > 1 and (-(-counts // (g // 2))).sum() <= p:
+        assert rows.size <= p * g / 2, "this is where `decode` comes back for it"
+
+
+def test_nine_of_64_rows_in_five_slots_need_a_quarter_of_the_batch():
+    alive = np.zeros((8, 8), bool)
+    alive[0, :5] = alive[[2, 3, 5, 7], 1] = True
+    slots, rows = sampling.smaller(alive, divide_slots=False)
+    assert rows.shape == (8, 2) and slots.tolist() == [0, 0, 0, 2, 3, 5, 7, 0]
+
+
+@pytest.mark.parametrize(("prompts", "slots"), [(8, 0), (24, 8)])
+def test_eight_devices_keep_their_shares_of_the_slots_and_draw_what_one_draws(
+    student, lora, monkeypatch, prompts, slots
+):
+    config = tiny_config()
+    config.grpo.micro_batch = 8
+    wide = tiny_student(config, devices=8)
+    held, changed = [], []
+
+    def noting(own, seen, *args, **kwargs):
+        flight = own(*args, **kwargs)
+        seen.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flight))
+        return flight
+
+    given = {"automaton": _ending_often(student, 12), "max_new_tokens": 24, "group_size": 4}
+    one = _sample(student, lora, _prompts(prompts), key=3, slots=slots, **given)
+    for name, seen in (("prefill", held), ("_refill" if slots else "compact", changed)):
+        monkeypatch.setattr(sampling, name, functools.partial(noting, getattr(sampling, name), seen))
+    placed = jax.device_put(_prompts(prompts), sharding.batch_sharding(wide.mesh))
+    given["automaton"] = jax.device_put(given["automaton"], sharding.replicated(wide.mesh))
+    own = wide.place_lora(jax.tree.map(np.asarray, lora))
+    decode, layouts = sampling.decode, []
+
+    def share(x, axis):
+        return x.shape[axis] // x.sharding.shard_shape(x.shape)[axis]
+
+    def decoding(*args, **kwargs):
+        after = decode(*args, **kwargs)
+        for flight in (args[3], after):
+            layouts.append([share(x, 1) for x in jax.tree.leaves((flight.cache, flight.prefix[:2]))])
+            layouts.append([share(x, 0) for x in (flight.tokens, flight.age, flight.prefix.mask, flight.prompts)])
+        return after
+
+    monkeypatch.setattr(sampling, "decode", decoding)
+    eight = _sample(wide, own, placed, key=3, slots=slots, **given)
+    np.testing.assert_array_equal(one.tokens, eight.tokens)
+    np.testing.assert_array_equal(one.mask, eight.mask)
+    assert len(held) == 1 + (len(changed) if slots else 0) and changed
+    for flight in changed:
+        layouts.append([share(x, 1) for x in jax.tree.leaves((flight.cache, flight.prefix[:2]))])
+    assert all(share == 8 for layout in layouts for share in layout), layouts
 
 
 def test_windows_are_kept_when_a_slot_changes_hands(lora):

@@ -1,5 +1,7 @@
 """What the student starts from: the rows of its new tokens."""
 
+import jax
+import numpy as np
 import pytest
 
 from data_pipeline.tasks.catalogue import CATALOGUE
@@ -8,7 +10,8 @@ from srl_jax import assets
 from srl_jax.bench.tags import closing_chance
 from srl_jax.model import hf
 from srl_jax.model.decoder import Decoder
-from srl_jax.student import tag_rows
+from srl_jax.sampling import sample
+from srl_jax.student import pad_prompts, prompt_width, tag_rows
 from srl_jax.tokenizer import load_tokenizer
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -46,3 +49,28 @@ def test_the_untrained_model_closes_its_thought_with_the_tag_as_with_the_text():
         if atomic:
             assert greedy.mean() > 0.5, "greedy decoding must close with the tag, not spell it"
     assert 0.5 < chances[True].mean() / chances[False].mean() < 2.0, chances
+
+
+@pytest.mark.parametrize("limit", [1, 100, 128, 192, 384, 600, 1000, 1024, 4096])
+def test_prompts_are_padded_to_one_of_few_widths(limit):
+    widths = [prompt_width([[0], [0] * length], limit) for length in range(1, limit + 1)]
+    assert len(set(widths)) <= 4 and widths == sorted(widths)
+    assert all(length <= width <= limit for length, width in enumerate(widths, start=1))
+    assert all(width % 128 == 0 or width == limit for width in widths)
+    assert max(width - length for length, width in enumerate(widths, start=1)) < limit / 4 + 128
+
+
+def test_a_shorter_width_changes_no_token(student, lora):
+    """What lies behind a prompt is not seen, so the same prompts padded to 128 and to 192 are answered alike."""
+    prompts = [[5 + i, 7, 11 * i, 13][: 2 + i % 3] for i in range(4)]
+    drawn = []
+    for width in (128, 192):
+        tokens, lengths = pad_prompts(prompts, width, student.tokenizer.pad_id)
+        drawn.append(
+            sample(
+                student.decoder, student.sampling_variables(lora), student.automaton, tokens, lengths,
+                jax.random.key(0), group_size=2, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+            )
+        )  # fmt: skip
+    np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
+    np.testing.assert_allclose(drawn[0].logprobs, drawn[1].logprobs, atol=1e-5)

@@ -1,11 +1,10 @@
-"""Every jitted function of training and sampling lowers for TPU and CUDA, from this CPU.
+"""The jitted functions of training and sampling lower for TPU and CUDA, from this CPU.
 
 Lowering is where an operation without an implementation on the platform is refused. It is not the platform's compiler:
 docs/tpu.md says what to run there.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,18 @@ from jax import export
 
 from srl_jax import sharding
 from srl_jax.rollout import _states, make_batch
-from srl_jax.sampling import decode, prefill, row_keys
+from srl_jax.sampling import _refill, compact, completions, decode, prefill, row_keys
+from srl_jax.sft import sft_step
 from srl_jax.student import _merge, pad_prompts
-from srl_jax.train_step import StepSettings, TrainState, make_optimizer, reference_logprobs, train_step
+from srl_jax.train_step import (
+    StepSettings,
+    TrainState,
+    current_scores,
+    make_optimizer,
+    mini_batches,
+    reference_logprobs,
+    train_step,
+)
 from tests.fakes import tiny_config, tiny_student
 
 _PLATFORMS = ["tpu", "cuda"]
@@ -59,14 +67,18 @@ def _batch(student):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_sampler(student, adapted):
     variables = {"params": student.params} | ({"lora": student.fresh_lora(0)} if adapted else {})
-    start = functools.partial(prefill, group_size=_G, settings=student.sampling, pad_id=0)
-    flight = start(
-        student.decoder, variables, student.automaton, *_prompts(student), row_keys(jax.random.key(0), _P * _G)
-    )
+    prompts = (student.decoder, variables, student.automaton, *_prompts(student), row_keys(jax.random.key(0), _P * _G))
+    given = {"group_size": _G, "settings": student.sampling, "pad_id": 0, "sharding": prompts[3].sharding}
+    _lowered(student, prefill, *prompts, **given)
+    flight = prefill(*prompts, **given)
     text = _lowered(
         student, decode, student.decoder, variables, student.automaton, flight, 0, 0, settings=student.sampling
     )
     assert "stablehlo.while" in text  # the whole decode loop, not one step of it
+    slots = np.arange(_P)
+    _lowered(student, _refill, flight, flight, slots)
+    _lowered(student, compact, flight, slots, slots[:, None] * _G)
+    _lowered(student, completions, student.automaton, flight, _P)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -84,6 +96,24 @@ def test_the_reference(student):
     _lowered(
         student, reference_logprobs, student.decoder, student.params, student.automaton, _batch(student),
         settings=StepSettings(micro_batch=_P),
+    )  # fmt: skip
+
+
+def test_the_current_policy_and_mini_batches(student):
+    _lowered(
+        student, current_scores, student.decoder, student.params, student.fresh_lora(0), student.automaton,
+        _batch(student), settings=StepSettings(micro_batch=_P),
+    )  # fmt: skip
+    _lowered(student, mini_batches, _batch(student), 1)
+
+
+def test_fine_tuning(student):
+    optimizer, _ = make_optimizer(1e-3, steps=10)
+    lora = student.fresh_lora(0)
+    state = TrainState(jnp.int32(0), lora, optimizer.init(lora), jax.random.key_data(jax.random.key(0)))
+    _lowered(
+        student, sft_step, state, student.params, student.automaton, _batch(student), decoder=student.decoder,
+        optimizer=optimizer, settings=StepSettings(micro_batch=_P),
     )  # fmt: skip
 
 

@@ -108,6 +108,28 @@ def test_gradients_come_out_the_same_however_the_batch_is_cut(student):
             assert cut_metrics[name] == pytest.approx(metrics[name], abs=1e-5)
 
 
+def test_a_prompt_shared_by_its_group_is_the_prompt_of_every_row(student):
+    """Loss and gradients of the packed groups and of rows that have their prompt for themselves, prompts ragged."""
+    lora = perturbed(student.fresh_lora(0))
+    arrays, gains = _arrays(student, lora), _advantages()
+    alone = {name: np.repeat(arrays[name], _G, axis=0) for name in ("prompt_tokens", "prompt_lengths")}
+    alone |= {name: arrays[name].reshape(_P * _G, 1, -1) for name in ("tokens", "mask", "logprobs")}
+    plain = optax.sgd(1.0)  # the step is the gradient
+    results = []
+    for of, advantages in ((arrays, gains), (alone, gains.reshape(-1, 1))):
+        own = student.place_lora(jax.tree.map(np.asarray, lora))
+        state = TrainState(jnp.int32(0), own, plain.init(own), jax.random.key_data(jax.random.key(0)))
+        new, metrics = train_step(
+            state, student.params, student.automaton, make_batch(student, of, advantages), decoder=student.decoder,
+            optimizer=plain, settings=StepSettings(micro_batch=_P, entropy_coef=0.1),
+        )  # fmt: skip
+        gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), lora, new.lora)
+        results.append((gradient, float(metrics["loss"]), float(metrics["grad_norm"])))
+    (shared, loss, norm), (unshared, other_loss, other_norm) = results
+    assert abs(loss - other_loss) < 1e-5 and norm == pytest.approx(other_norm, rel=1e-5) and norm > 1e-2
+    _close(shared, unshared, 1e-5)
+
+
 def test_one_device_equals_eight(student):
     lora = jax.tree.map(np.asarray, perturbed(student.fresh_lora(0)))
     arrays = _arrays(student, lora)

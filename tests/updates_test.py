@@ -235,6 +235,9 @@ def test_a_teacher_is_a_member_that_is_imitated(student, lora):
     _, metrics = update(roomy, lora, batch, imitation_gamma=0.1)
     assert metrics["skipped"] == 0
     assert metrics["logprob_gap"] < 1e-4, "the teacher's row has no ratio"
+    _, apart = update(roomy, lora, batch._replace(old_logprobs=batch.old_logprobs - 0.09), imitation_gamma=0.1)
+    assert apart["logprob_gap"] == pytest.approx(0.09, abs=1e-4), "nor does it make the others' gap look smaller"
+    assert apart["ratio_mean"] == pytest.approx(np.exp(0.09), abs=1e-3)
     # The teacher's row by itself: what is maximised, the mean of p / (p + gamma), and the mean p rise with it.
     own = np.asarray(batch.imitated)[..., None] & np.asarray(batch.completion_mask)
     new, _ = update(roomy, lora, batch._replace(completion_mask=jnp.asarray(own)), imitation_gamma=0.1)

@@ -1,7 +1,9 @@
 """This project as it trains: shared prefill, constrained decode loop, prompt-shared reference and update."""
 
 import contextlib
+import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -70,11 +72,12 @@ def run(
             never = lambda automaton, state: jnp.full_like(state.state, -1)
             changes.enter_context(mock.patch.object(grammar, "only_token", never))
         if not compact:
-            changes.enter_context(mock.patch.object(sampling, "_LEAST_ROWS", workload.rows))
-        _train(gate, workload, directory, make_student(workload, directory, ragged=ragged, drafts=drafts), shared)
+            changes.enter_context(mock.patch.object(sampling, "LEAST_ROWS", workload.rows))
+        student = make_student(workload, directory, ragged=ragged, drafts=drafts)
+        _train(gate, workload, directory, student, shared, compact)
 
 
-def _train(gate: Gate, workload: Workload, directory: Path, student: Student, shared: bool) -> None:
+def _train(gate: Gate, workload: Workload, directory: Path, student: Student, shared: bool, compact: bool) -> None:
     repeat, group = (1, workload.group_size) if shared else (workload.group_size, 1)
     prompt_tokens = np.repeat(prompts(workload, directory), repeat, axis=0)
     lengths = np.full(len(prompt_tokens), workload.prompt_tokens, np.int32)
@@ -86,6 +89,7 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
     # Placed as an update returns them, which spares the second step its compilation; a run does the same.
     state = jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(student.mesh)), state)
     device = jax.devices()[0]
+
     while True:
         with gate.part("rollout") as part:
             drawn = sample(
@@ -104,6 +108,10 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
         extra = {}
         if int(state.step) == 0:  # after the warm-up's rollout, on nobody's clock
             extra["prefill_s"] = _prefill_seconds(student, state.lora, prompt_tokens, lengths)
+            if compact:
+                compile_smaller(student, state.lora, prompt_tokens, lengths, group)
+            if drafts := student.sampling.drafts:
+                extra["drafts_accepted"] = accepted_drafts(prompt_tokens, lengths, arrays, drafts)
         with gate.part("update") as part:
             arrays |= {"prompt_tokens": prompt_tokens, "prompt_lengths": lengths}
             batch = make_batch(student, arrays, gains)
@@ -122,6 +130,72 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
                 forced = grammar.only_token(student.automaton, batch.states) == batch.completions
                 extra["scored_tokens"] = int((batch.completion_mask & ~forced).sum())
             part.extra = {"logprob_gap": float(metrics["logprob_gap"]), **extra, **device_memory(device)}
+
+
+def compile_smaller(student: Student, lora: dict, tokens: np.ndarray, lengths: np.ndarray, group_size: int) -> None:
+    """Compiles what `sample` calls where rows end at different steps: every smaller batch that one can become.
+
+    So do those of one length, since forced tokens are read several at a time. A run compiles each size when it is met
+    first, which would fall into whichever round meets it.
+    """
+    variables, count = student.sampling_variables(lora), len(tokens)
+    given = {"settings": student.sampling, "pad_id": student.tokenizer.pad_id}
+    keys = sampling.row_keys(jax.random.key(0), count * group_size)
+    start = sampling.prefill(
+        student.decoder, variables, student.automaton, tokens, lengths, keys, group_size=group_size, **given
+    )
+    ended = start._replace(done=jnp.ones_like(start.done))
+    seen = set()
+
+    def below(flight: sampling.Flight, size: tuple[int, int]) -> None:
+        p, g = size
+        for busy, living in itertools.product(range(1, p + 1), range(1, g + 1)):
+            rows = np.zeros(size, bool)
+            rows[:busy, :living] = True
+            if rows.all() or p * g <= sampling.LEAST_ROWS:
+                continue
+            chosen = sampling.smaller(rows, divide_slots=True)
+            if chosen[1].shape == size or (size, chosen[1].shape) in seen:
+                continue
+            seen.add((size, chosen[1].shape))
+            small = sampling.compact(flight, *chosen)
+            p2, g2 = chosen[1].shape
+            few = (p2 // 2, g2 // 2) if p2 * g2 > sampling.LEAST_ROWS else (0, 0)
+            done = sampling.decode(
+                student.decoder, variables, student.automaton, small, *few, settings=student.sampling
+            )
+            jax.block_until_ready(sampling.completions(student.automaton, done, p2))
+            below(done, (p2, g2))
+
+    below(ended, (count, group_size))
+
+
+def accepted_drafts(
+    prompt_tokens: np.ndarray, lengths: np.ndarray, drawn: Mapping[str, np.ndarray], count: int
+) -> float:
+    """Share of the tokens guessed by prompt look-up that were right, had the completions been drawn by it alone.
+
+    `drawn` has `tokens` and `mask` [P, G, T]; a step offers up to `count` guesses and its rest is lost with the first
+    wrong one, as in `sampling.decode` where nothing is forced.
+    """
+    tokens, mask = (drawn[name].reshape(-1, drawn[name].shape[-1]) for name in ("tokens", "mask"))
+    prompts, held = (np.repeat(x, len(tokens) // len(x), axis=0) for x in (prompt_tokens, lengths))
+    columns = np.arange(prompts.shape[1])[None, :] < held[:, None]
+    context, ends = np.concatenate([prompts, tokens], axis=1), mask.sum(axis=1)
+    age, offered, right = np.full(len(tokens), 2), 0, 0
+    look_up = jax.jit(sampling.look_up, static_argnums=3)
+    while (age < ends).any():
+        known = np.concatenate([columns, np.arange(tokens.shape[1])[None, :] < age[:, None]], axis=1)
+        last = np.take_along_axis(tokens, np.minimum(age[:, None] - [2, 1], tokens.shape[1] - 1), axis=1)
+        guesses = np.asarray(look_up(context, known, last, count))
+        for row in np.flatnonzero(age < ends):
+            wanted = tokens[row, age[row] : ends[row]][:count]
+            hits = guesses[row, : len(wanted)] == wanted
+            matched = len(hits) if hits.all() else int(hits.argmin())
+            offered += int((guesses[row, : len(wanted)] >= 0).sum())
+            right += matched
+            age[row] += matched + 1
+    return right / max(offered, 1)
 
 
 def _prefill_seconds(student: Student, lora: dict, tokens: np.ndarray, lengths: np.ndarray) -> float:

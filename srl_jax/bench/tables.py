@@ -67,7 +67,8 @@ def summary(value: Mapping[str, Any], first: str) -> dict[str, dict[str, Any]]:
         device = [turn[part]["peak_device_mb"] for turn in turns for part in parts if "peak_device_mb" in turn[part]]
         if device:
             figures["peak_device_mb"] = max(device)
-        figures |= {name: warmup["update"][name] for name in ("prefill_s", "scored_tokens") if name in warmup["update"]}
+        told = ("prefill_s", "scored_tokens", "drafts_accepted")
+        figures |= {name: warmup["update"][name] for name in told if name in warmup["update"]}
         result[system] = figures
     return result
 
