@@ -4,6 +4,7 @@ Its weights are random, of the true shape: times depend on no weight. Its micro-
 group is larger than the other peers' micro-batch, so is Tunix's.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from srl_jax.bench.weights import read_shape
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
 
-# Beyond so many tokens a row attention is computed again in the backward: kept, W3's activations of a group take 54 GB.
-_LONGEST_KEPT = 512
+# A group is a micro-batch. Of rows beyond so many tokens two make one, which is the same to Tunix, since it computes every
+# row's prompt anew: eight of W3's take 54 GB. (Its own `RematConfig.BLOCK` fails in its sampler under qwix, Tunix 0.1.5.)
+_LONGEST_GROUPED = 512
 _LINEAR = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
 
 
@@ -51,22 +53,6 @@ class _Ids:
 
 class _Llama(llama.Llama3, pytree=True):
     """Tunix opts out of nnx's pytree modules, qwix's subclasses do not: of a model of both, nnx finds no weights."""
-
-
-_attend = llama.Attention.__call__
-
-
-def _attend_again(self, x, segment_pos, cache, attn_mask):
-    """Tunix's attention, of which training keeps the inputs only.
-
-    That is what its `RematConfig.BLOCK` is for, by `nnx.remat`; under qwix its own sampler fails with it
-    (TraceContextError, Tunix 0.1.5, flax 0.12.8).
-    """
-    if cache is not None:
-        return _attend(self, x, segment_pos, cache, attn_mask)
-    definition, state = nnx.split(self)
-    block = lambda state, *inputs: nnx.merge(definition, state).block(*inputs[:2], None, inputs[2])[1]
-    return None, jax.checkpoint(block)(state, x, segment_pos, attn_mask)
 
 
 class _Instrumented(GRPOLearner):
@@ -114,17 +100,19 @@ def _model(workload: Workload, directory: Path) -> tuple[nnx.Module, int]:
 
 def run(gate: Gate, workload: Workload, directory: Path) -> None:
     gate.count_compilations()
+    length = workload.prompt_tokens + workload.new_tokens
+    group = 2 if length > _LONGEST_GROUPED else workload.group_size
+    groups, repeat = workload.rows // group, workload.group_size // group
+    prompt_ids = np.repeat(prompts(workload, directory), repeat, axis=0).tolist()
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     with mesh:
         base, vocab_size = _model(workload, directory)
         adapters = qwix.LoraProvider(module_path=_LINEAR, rank=workload.lora_rank, alpha=float(workload.lora_rank))
         actor = qwix.apply_lora_to_model(base, adapters, rngs=nnx.Rngs(1), **base.get_model_input())
-    if workload.prompt_tokens + workload.new_tokens > _LONGEST_KEPT:
-        llama.Attention.__call__ = _attend_again  # now that the adapters are made, which a call does
     rollout = RolloutConfig(
         max_tokens_to_generate=workload.new_tokens,
         max_prompt_length=workload.prompt_tokens,
-        kv_cache_size=workload.prompt_tokens + workload.new_tokens,
+        kv_cache_size=length,
         temperature=1.0,
         top_p=1.0,
         top_k=None,
@@ -135,15 +123,15 @@ def run(gate: Gate, workload: Workload, directory: Path) -> None:
         actor_optimizer=optax.adamw(1e-5),
         eval_every_n_steps=1_000_000,
         max_steps=1_000_000,
-        mini_batch_size=workload.prompts,
+        mini_batch_size=groups,
         train_micro_batch_size=1,
-        rollout_micro_batch_size=workload.prompts,
+        rollout_micro_batch_size=groups,
         compute_logps_micro_batch_size=1,
     )
     cluster = rl_cluster.RLCluster(
         actor=actor,
         reference=base,
-        tokenizer=_Ids(prompts(workload, directory).tolist(), vocab_size - 1),
+        tokenizer=_Ids(prompt_ids, vocab_size - 1),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(roles, mesh),
             rollout_engine="vanilla",
@@ -151,13 +139,13 @@ def run(gate: Gate, workload: Workload, directory: Path) -> None:
             rollout_config=rollout,
         ),
     )
-    gains = advantages(workload)[0].tolist()
+    gains = advantages(dataclasses.replace(workload, group_size=group))[0].tolist()
 
     def reward(prompts, completions, **_):
         return [gains[i % len(gains)] for i in range(len(completions))]
 
     learner = _Instrumented(
-        cluster, GRPOConfig(num_generations=workload.group_size, num_iterations=1, beta=0.04, epsilon=0.2), reward
+        cluster, GRPOConfig(num_generations=group, num_iterations=1, beta=0.04, epsilon=0.2), reward
     )
     learner.instrument(gate)
-    learner.train(itertools.repeat({"prompts": [str(i) for i in range(workload.prompts)]}))
+    learner.train(itertools.repeat({"prompts": [str(i) for i in range(groups)]}))
