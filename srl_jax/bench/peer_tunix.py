@@ -1,7 +1,7 @@
 """Tunix's GRPO learner with its own sampler, Llama model and qwix LoRA, its loop as it is, with the gate in its hooks.
 
 Its weights are random, of the true shape: times depend on no weight. Its micro-batches are whole groups, so where a
-group is larger than the other peers' micro-batch, so is Tunix's.
+group is larger than the other peers' micro-batch, so is Tunix's, as far as it fits.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from srl_jax.bench.weights import read_shape
 from srl_jax.bench.worker import Gate
 from srl_jax.bench.workload import Workload, advantages, prompts
 
-# A group is a micro-batch. Of rows beyond so many tokens two make one, which is the same to Tunix, since it computes every
-# row's prompt anew: eight of W3's take 54 GB. (Its own `RematConfig.BLOCK` fails in its sampler under qwix, Tunix 0.1.5.)
+# Tunix's micro-batch is a group, and eight of W3's rows take 54 GB. Of rows beyond so many tokens two make a group: the
+# same work, since it computes every row's prompt anew. (Its own `RematConfig.BLOCK` fails in its sampler under qwix;
+# recomputing attention by jax.checkpoint left the 54 GB as they were.)
 _LONGEST_GROUPED = 512
 _LINEAR = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
 
