@@ -387,14 +387,14 @@ def compact(
     """The given rows, those of [n, :] in a copy of slot n of `slots`, as a smaller flight; split as in `prefill`."""
     rows = rows.reshape(-1)
     prefix = Prefix(*jax.tree.map(lambda x: x[:, slots], flight.prefix[:2]), flight.prefix.mask[slots])
-    smaller = flight._replace(
+    fewer = flight._replace(
         prefix=prefix,
         prompts=flight.prompts[slots],
         lengths=flight.lengths[slots],
         cache=jax.tree.map(lambda x: x[:, rows], flight.cache),
         **{name: jax.tree.map(lambda x: x[rows], getattr(flight, name)) for name in _ROW_FIELDS},
     )
-    return smaller if sharding is None else _split(smaller, sharding)
+    return fewer if sharding is None else _split(fewer, sharding)
 
 
 def sample(

@@ -76,8 +76,8 @@ def test_the_sampler(student, adapted):
     )
     assert "stablehlo.while" in text  # the whole decode loop, not one step of it
     slots = np.arange(_P)
-    _lowered(student, _refill, flight, flight, slots)
-    _lowered(student, compact, flight, slots, slots[:, None] * _G)
+    _lowered(student, _refill, flight, flight, slots, sharding=given["sharding"])
+    _lowered(student, compact, flight, slots, slots[:, None] * _G, sharding=given["sharding"])
     _lowered(student, completions, student.automaton, flight, _P)
 
 

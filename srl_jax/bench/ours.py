@@ -89,7 +89,6 @@ def _train(gate: Gate, workload: Workload, directory: Path, student: Student, sh
     # Placed as an update returns them, which spares the second step its compilation; a run does the same.
     state = jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(student.mesh)), state)
     device = jax.devices()[0]
-
     while True:
         with gate.part("rollout") as part:
             drawn = sample(
@@ -139,11 +138,11 @@ def compile_smaller(student: Student, lora: dict, tokens: np.ndarray, lengths: n
     first, which would fall into whichever round meets it.
     """
     variables, count = student.sampling_variables(lora), len(tokens)
-    given = {"settings": student.sampling, "pad_id": student.tokenizer.pad_id}
     keys = sampling.row_keys(jax.random.key(0), count * group_size)
     start = sampling.prefill(
-        student.decoder, variables, student.automaton, tokens, lengths, keys, group_size=group_size, **given
-    )
+        student.decoder, variables, student.automaton, tokens, lengths, keys,
+        group_size=group_size, settings=student.sampling, pad_id=student.tokenizer.pad_id,
+    )  # fmt: skip
     ended = start._replace(done=jnp.ones_like(start.done))
     seen = set()
 
@@ -152,7 +151,7 @@ def compile_smaller(student: Student, lora: dict, tokens: np.ndarray, lengths: n
         for busy, living in itertools.product(range(1, p + 1), range(1, g + 1)):
             rows = np.zeros(size, bool)
             rows[:busy, :living] = True
-            if rows.all() or p * g <= sampling.LEAST_ROWS:
+            if rows.all():
                 continue
             chosen = sampling.smaller(rows, divide_slots=True)
             if chosen[1].shape == size or (size, chosen[1].shape) in seen:
